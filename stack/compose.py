@@ -1,0 +1,316 @@
+"""The Docker runtime, and the only module with a `docker` command line.
+
+The SDK reads (inspect, logs); the `docker compose` program acts, since the SDK has no BuildKit.
+"""
+
+import datetime as dt
+import ipaddress
+import logging
+import os
+import re
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stack.config import Project, Service
+from stack.errors import Code, StackError
+from stack.host import Process, Result, children, run
+from stack.server import Server
+
+if TYPE_CHECKING:
+    from docker.client import DockerClient
+    from docker.models.containers import Container
+
+_log = logging.getLogger(__name__)
+_ANSWER_LIMIT_S = 8
+_UP_LIMIT_S = 30
+_BOOTSTRAPPED = "glm-base:trixie"
+
+
+class NoEngineError(StackError):
+    """Nothing listens where a Docker engine would."""
+
+
+class Docker:
+    """Runs services as containers of one Compose project."""
+
+    name = "docker"
+
+    def __init__(self, project: Project) -> None:
+        """Bind to a project; nothing is asked of Docker before the first call."""
+        self.project = project
+
+    @cached_property
+    def client(self) -> "DockerClient":
+        """The SDK's client, once the engine has answered.
+
+        Raises:
+            NoEngineError: no engine is there.
+            StackError: HOST, it is there but forbidden, or hangs.
+
+        """
+        import docker  # noqa: PLC0415  # 0.1 s that a native run does not need
+
+        try:
+            client = docker.from_env(timeout=_ANSWER_LIMIT_S)
+        except docker.errors.DockerException as error:
+            raise _no_answer(repr(error)) from error
+        return client
+
+    def check(self) -> None:
+        """Make sure that the engine answers. Raises as `client`."""
+        _ = self.client
+
+    def compose(self, *arguments: str, show: bool = False, **settings: str) -> Result:
+        """Run `docker compose` on this project with exactly its settings.
+
+        Raises:
+            StackError: see `_failure`.
+
+        """
+        known = self.project.settings
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_", "COMPOSE_"))}
+        argv = [
+            *("docker", "compose", "--project-name", self.project.name),
+            *("--project-directory", str(self.project.root), "--env-file", os.devnull),
+        ]
+        # Interrupted half-way, `up` would leave the engine to create a container later.
+        patience_s = _UP_LIMIT_S if arguments[0] == "up" else 0
+        done = run(
+            [*argv, *arguments],
+            env={**env, **known, **settings},
+            show=show,
+            patience_s=patience_s,
+        )
+        if done.status:
+            raise _failure(arguments[0], done)
+        return done
+
+    def built(self, service: Service) -> bool:
+        """Return whether the service's image is there, with the pinned engine in it."""
+        return self.image_labels(service).get("org.opencontainers.image.revision") == (
+            self.project.engine.commit
+        )
+
+    def image_labels(self, service: Service) -> dict[str, str]:
+        """Return the labels of the service's image; empty when there is no image."""
+        import docker  # noqa: PLC0415
+
+        try:
+            labels: dict[str, str] = self.client.images.get(service.image).labels
+        except docker.errors.ImageNotFound:
+            return {}
+        return labels
+
+    def build(self, service: Service, *, source: Path) -> None:
+        """Build the service's image with the engine's source in `source`.
+
+        Raises:
+            StackError: BUILD; the former image, if any, stays as it was.
+
+        """
+        self.check()
+        # A day's resolution, so that a second build the same day changes nothing.
+        created = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT00:00:00Z")
+        settings = {"GLM_ENGINE_SOURCE": str(source), "GLM_CREATED": created}
+        if "GLM_CA_FILE" not in self.project.settings and "SSL_CERT_FILE" in os.environ:
+            settings["GLM_CA_FILE"] = os.environ["SSL_CERT_FILE"]
+        self.compose("build", service.name, show=True, GLM_BASE=self._base(service), **settings)
+
+    def _base(self, service: Service) -> str:
+        """Return a base image that is here: the configured one, or one made of Debian's packages.
+
+        Raises:
+            StackError: BUILD when neither can be had.
+
+        """
+        import docker  # noqa: PLC0415
+
+        wanted = service.build_args["BASE"]
+        for tag in (wanted, _BOOTSTRAPPED):
+            if self.client.images.list(name=tag):
+                return tag
+        try:
+            _log.info("Pulling %s.", wanted)
+            self.client.images.pull(wanted)
+        except docker.errors.APIError as error:
+            _log.info(
+                "No registry gives %s (%s); bootstrapping %s from Debian's packages.",
+                wanted,
+                str(error.explanation or error).rpartition(":")[2].strip(),
+                _BOOTSTRAPPED,
+            )
+            self._bootstrap()
+            return _BOOTSTRAPPED
+        return wanted
+
+    def _bootstrap(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="glm-base-") as folder:
+            tool = _debootstrap(Path(folder))
+            root = Path(folder) / "root"
+            done = run([*tool, "--variant=minbase", "trixie", root], timeout_s=900)
+            archive = Path(folder) / "root.tar"
+            if not done.status:
+                done = run(["tar", "-C", root, "--numeric-owner", "-cf", archive, "."])
+            if done.status:
+                reason = (done.stderr or done.stdout).strip().rpartition("\n")[2]
+                raise StackError(
+                    f"The base image could not be bootstrapped: {reason}",
+                    "Run this once as root, or let a registry give debian:trixie-slim.",
+                    Code.BUILD,
+                )
+            repository, _, tag = _BOOTSTRAPPED.partition(":")
+            self.client.api.import_image(str(archive), repository=repository, tag=tag)
+
+    def execute(self, service: Service, *argv: str) -> Result:
+        """Run one of the image's own programs in a container of its own, to its end."""
+        entry = ["docker", "run", "--rm", "--network=none", "--entrypoint", argv[0]]
+        return run([*entry, service.image, *argv[1:]], timeout_s=60)
+
+    def sibling(self, service: Service, *argv: str) -> Result:
+        """Run a command of the base image in a container beside the project's own."""
+        network = f"--network={self.project.name}_default"
+        return run(["docker", "run", "--rm", network, self._base(service), *argv], timeout_s=60)
+
+    def program(self, service: Service, name: str) -> str:  # noqa: ARG002
+        """Return the path of one of the engine's programs in the image."""
+        return f"/app/{name}"
+
+    def container(self, service: Service) -> "Container | None":
+        """Return the service's container in this project, running or not."""
+        labels = [
+            f"com.docker.compose.project={self.project.name}",
+            f"com.docker.compose.service={service.name}",
+        ]
+        found = self.client.containers.list(all=True, filters={"label": labels})
+        return found[0] if found else None
+
+    def start(self, service: Service, *, key: str) -> Server:
+        """Create and start the service's container.
+
+        Raises:
+            StackError: HOST, PORT or LOAD, by what Docker says.
+
+        """
+        self.compose("up", "--detach", "--no-build", "--force-recreate", service.name)
+        server = self.find(service, key=key)
+        if server is None:
+            raise StackError(
+                f"{service.name} was started and its container is gone.",
+                "Somebody else removes containers on this machine; try again.",
+                Code.LOAD,
+            )
+        return server
+
+    def find(self, service: Service, *, key: str) -> Server | None:
+        """Return the service's server, running or ended; None when it has no container."""
+        container = self.container(service)
+        if container is None:
+            return None
+        ports = container.attrs["NetworkSettings"]["Ports"] or {}
+        published = ports.get(f"{service.target_port}/tcp") or [{}]
+        port = published[0].get("HostPort", service.port)
+        host = "127.0.0.1" if ipaddress.ip_address(service.bind).is_unspecified else service.bind
+        init = container.attrs["State"]["Pid"]
+        restarts = container.attrs["RestartCount"]
+        processes = map(Process.of, children(init) if init else ())
+        return Server(
+            runtime=self.name,
+            service=service,
+            url=f"http://{host}:{port}",
+            key=key,
+            processes=tuple(process for process in processes if process),
+            logs=lambda lines: container.logs(tail=lines).decode(errors="replace"),
+            ended=lambda: _ended(container, restarts),
+            restarts=restarts,
+        )
+
+    def follow(self, service: Service) -> None:
+        """Show the service's log as it grows, until interrupted."""
+        self.compose("logs", "--follow", "--no-log-prefix", "--tail", "50", service.name, show=True)
+
+    def stop(self, service: Service) -> bool:
+        """Stop and remove the service's container; return whether there was one."""
+        if self.container(service) is None:
+            return False
+        self.compose("down", service.name)
+        return True
+
+
+def _ended(container: "Container", restarts: int) -> str | None:
+    """Say how a container ended, or None; one brought back by its restart policy ended too."""
+    import docker  # noqa: PLC0415
+
+    try:
+        container.reload()
+    except docker.errors.NotFound:
+        return "was removed"
+    state: dict[str, Any] = container.attrs["State"]
+    if state["Status"] == "running" and container.attrs["RestartCount"] == restarts:
+        return None
+    if state["OOMKilled"]:
+        return f"was killed by its memory limit (exit {state['ExitCode']})"
+    return f"ended (exit {state['ExitCode']}) {state['Error']}".strip()
+
+
+def _no_answer(evidence: str) -> StackError:
+    where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    if "PermissionError" in evidence:
+        return StackError(
+            f"This user may not talk to the Docker engine at {where}.",
+            "Join the docker group (`sudo usermod -aG docker $USER`) and log in again.",
+            Code.HOST,
+        )
+    if "imed out" in evidence or "imeout" in evidence:
+        return StackError(
+            f"The Docker engine at {where} hangs: no answer within {_ANSWER_LIMIT_S} s.",
+            "Restart it (`sudo systemctl restart docker`).",
+            Code.HOST,
+        )
+    return NoEngineError(
+        f"No Docker engine answers at {where}.",
+        "Start it (`sudo systemctl start docker`), or use --native.",
+        Code.HOST,
+    )
+
+
+_FAILURES = (
+    (
+        "could not select device driver",
+        "install NVIDIA's container toolkit, `sudo nvidia-ctk runtime configure`, restart Docker",
+        Code.HOST,
+    ),
+    ("port is already allocated", "free the port, or set another in .env", Code.PORT),
+    ("address already in use", "free the port, or set another in .env", Code.PORT),
+    ("no space left on device", "free disk space (`docker system df`)", Code.DISK),
+    ("unknown shorthand flag", "install the Compose plugin, 2.20.2 or later", Code.HOST),
+    ("is not a docker command", "install the Compose plugin, 2.20.2 or later", Code.HOST),
+)
+
+
+def _failure(verb: str, done: Result) -> StackError:
+    """Turn a failed `docker compose` into a cause, a remedy and a code."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    reason = re.sub(r"^Error response from daemon: ", "", lines[-1]) if lines else "see above"
+    for sign, remedy, code in _FAILURES:
+        if sign in done.stderr:
+            return StackError(f"docker compose {verb}: {reason}", f"Please {remedy}.", code)
+    code = Code.BUILD if verb == "build" else Code.LOAD
+    remedy = "Read the lines above." if verb == "build" else "See `docker compose ps --all`."
+    return StackError(f"docker compose {verb} failed ({done.status}): {reason}", remedy, code)
+
+
+def _debootstrap(folder: Path) -> list[str | Path]:
+    """Return a command that runs debootstrap, unpacked into `folder` where it is not installed."""
+    try:
+        run(["debootstrap", "--version"])
+    except StackError:
+        lists = f"Dir::State::Lists={folder}/lists"
+        run(["apt-get", "-o", lists, "update"])
+        run(["apt-get", "-o", lists, "download", "debootstrap"], cwd=folder)
+        for package in folder.glob("debootstrap_*.deb"):
+            run(["dpkg-deb", "-x", package, folder])
+        share = f"{folder}/usr/share/debootstrap"
+        return ["env", f"DEBOOTSTRAP_DIR={share}", folder / "usr/sbin/debootstrap"]
+    return ["debootstrap"]

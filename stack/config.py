@@ -1,0 +1,327 @@
+"""Reads `compose.yaml` and `.env`, without Docker, into frozen values.
+
+It enumerates no quants and no settings: services and `x-models` give the former, the `${NAME}`s of
+`compose.yaml` the latter. A test compares this reading with `docker compose config`.
+"""
+
+import ipaddress
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stack.errors import Code, StackError
+
+Settings = Mapping[str, str]
+
+VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<name>\w+)(?:(?P<op>:?-)(?P<default>[^}]*))?\})")
+# Set by a build itself; no settings of a user's.
+INTERNAL = ("GLM_CREATED",)
+_CONTAINER_UID = 10001
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One entry of `x-models`. `path` is as the container sees it; absent facts are None."""
+
+    path: Path
+    random: str
+    min_build: int
+    load_s: float
+    repository: str | None = None
+    size_gb: float | None = None
+    vram_mib: int | None = None
+
+
+@dataclass(frozen=True)
+class Service:
+    """One quant's service, with every setting resolved."""
+
+    quant: str
+    name: str
+    image: str
+    build_args: Mapping[str, str]
+    environment: Mapping[str, str]
+    bind: str
+    port: int | None
+    """The published port; None lets the platform choose one."""
+    target_port: int
+    mounts: Mapping[Path, Path]
+    """Path in the container to path on the host: volumes and secrets."""
+    gpus: tuple[str, ...]
+    stop_grace_s: float
+    uid: int
+    model: Model
+
+    @property
+    def alias(self) -> str:
+        """The model name that clients send and the server reports."""
+        return self.environment["LLAMA_ARG_ALIAS"]
+
+    @property
+    def context(self) -> int:
+        """Tokens that one slot can hold; with the shared cache of `compose.yaml`, all of them."""
+        return int(self.environment["LLAMA_ARG_CTX_SIZE"])
+
+    @property
+    def slots(self) -> int:
+        """Requests decoded at the same time."""
+        return int(self.environment["LLAMA_ARG_N_PARALLEL"])
+
+    @property
+    def backend(self) -> str:
+        """Which build of the engine it needs: `cpu` or `cuda`."""
+        return self.build_args["BACKEND"]
+
+    @property
+    def model_file(self) -> Path:
+        """The model's path on the host."""
+        return self.host_path(self.model.path)
+
+    @property
+    def key_file(self) -> Path:
+        """The API key's path on the host."""
+        return self.host_path(Path(self.environment["LLAMA_ARG_API_KEY_FILE"]))
+
+    def host_path(self, path: Path) -> Path:
+        """Translate a path in the container to the host's; one outside every mount stays."""
+        for inside, outside in self.mounts.items():
+            if path.is_relative_to(inside):
+                return outside / path.relative_to(inside)
+        return path
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The pinned engine: a commit of llama.cpp and its build number."""
+
+    repository: str
+    commit: str
+    build: int
+
+
+@dataclass(frozen=True)
+class Project:
+    """Everything that `compose.yaml` and `.env` say."""
+
+    root: Path
+    name: str
+    settings: Settings
+    engine: Engine
+    default: str
+    services: Mapping[str, Service]
+    """By quant."""
+
+    def service(self, quant: str) -> Service:
+        """Return a quant's service.
+
+        Raises:
+            StackError: USAGE, with the known quants, for any other name.
+
+        """
+        if quant not in self.services:
+            raise StackError(
+                f"There is no quant {quant!r} in compose.yaml.",
+                f"Known quants: {', '.join(self.services)}.",
+                Code.USAGE,
+            )
+        return self.services[quant]
+
+    @property
+    def state(self) -> Path:
+        """The folder of keys, locks, logs and records."""
+        return self.root / ".state"
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what can be made again."""
+        return (self.root / ".cache").resolve()  # a build folder must not be known by two names
+
+
+def load(root: Path, *, overrides: Settings | None = None) -> Project:
+    """Read `root`'s compose.yaml with its .env.
+
+    `overrides` win over .env and may be empty, which a user's settings may not (an empty port is an
+    ephemeral one).
+
+    Raises:
+        StackError: USAGE, with the line, for a setting or a file that cannot be taken.
+
+    """
+    text = (root / "compose.yaml").read_text()
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise StackError(
+            f"compose.yaml cannot be read: {where}.", "Mend that line.", Code.USAGE
+        ) from error
+    known = {match["name"] for match in VARIABLE.finditer(text)} - {None, *INTERNAL}
+    exported = {key: value for key, value in os.environ.items() if key in known and value}
+    in_file = read_env(root / ".env", known=known)
+    for key, value in exported.items():
+        try:
+            check_setting(key, value, known=known)
+        except ValueError as error:
+            raise _unusable("The environment", error) from error
+        if in_file.get(key, value) != value:
+            _log.warning("%s is exported, but .env wins: %s=%s.", key, key, in_file[key])
+    computed = {"GLM_UID": str(os.getuid() or _CONTAINER_UID)}
+    settings = {**computed, **exported, **in_file, **(overrides or {})}
+    return project(root, interpolate(raw, settings), settings=settings)
+
+
+def stand_ins(project: Project) -> dict[str, str]:
+    """Return the settings that put a stand-in in the place of each model with a repository."""
+    return {
+        f"GLM_{quant.upper()}_FILE": f"{service.model.path.stem}.stand-in.gguf"
+        for quant, service in project.services.items()
+        if service.model.repository
+    }
+
+
+def read_env(path: Path, *, known: set[str]) -> dict[str, str]:
+    """Read a .env file strictly; a missing one has no settings.
+
+    Raises:
+        StackError: USAGE, naming file and line.
+
+    """
+    settings: dict[str, str] = {}
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            pair = _env_line(line, first=number == 1)
+            if pair is None:
+                continue
+            if pair[0] in settings:
+                raise ValueError(f"{pair[0]} is set twice")
+            check_setting(*pair, known=known)
+        except ValueError as error:
+            raise _unusable(f"{path.name}, line {number}", error) from error
+        settings[pair[0]] = pair[1]
+    return settings
+
+
+def _unusable(where: str, error: ValueError) -> StackError:
+    remedy = "Mend it; .env.example shows every setting."
+    return StackError(f"{where}: {error}.", remedy, Code.USAGE)
+
+
+def _env_line(raw: bytes, *, first: bool) -> tuple[str, str] | None:
+    """Parse one line; None for a blank or a comment. Raises ValueError (UnicodeDecodeError)."""
+    text = raw.decode("utf-8-sig" if first else "utf-8").strip()
+    if not text or text.startswith("#"):
+        return None
+    match = re.fullmatch(r"""(\w+)=(?:'([^']*)'|"([^"$\\]*)"|([^\s'"$\\]*))""", text)
+    if not match:
+        raise ValueError("expected NAME=value, with no blanks, quotes or $ inside")
+    value = match[2] or match[3] or match[4] or ""
+    if not value.strip():
+        raise ValueError(f"{match[1]} is blank")
+    return match[1], value
+
+
+def check_setting(name: str, value: str, *, known: set[str]) -> None:
+    """Check a setting's value by the last word of its name. Raises ValueError with the reason."""
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        raise ValueError(f"{name} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+    kind = name.rpartition("_")[2]
+    if kind in _WHOLE_NUMBERS:
+        low, high = _WHOLE_NUMBERS[kind]
+        if not (value.isascii() and value.isdecimal() and low <= int(value) <= high):
+            raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+    elif kind == "BIND":
+        try:
+            ipaddress.IPv4Address(value)
+        except ValueError:
+            raise ValueError(f"{name} must be an IPv4 address, not {value!r}") from None
+
+
+_WHOLE_NUMBERS = {
+    "PORT": (1024, 65535),
+    "CONTEXT": (256, 202752),
+    "SLOTS": (1, 256),
+    "UID": (1, 2**31 - 1),
+}
+
+
+def interpolate(value: Any, settings: Settings) -> Any:
+    """Return a YAML value with each ${NAME}, ${NAME-default} and ${NAME:-default} replaced."""
+    if isinstance(value, dict):
+        return {key: interpolate(item, settings) for key, item in value.items()}
+    if isinstance(value, list):
+        return [interpolate(item, settings) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        if match["dollar"]:
+            return "$"
+        found = settings.get(match["name"])
+        empty_counts = match["op"] != ":-"
+        return found if found is not None and (found or empty_counts) else match["default"] or ""
+
+    return VARIABLE.sub(replace, value)
+
+
+def project(root: Path, document: dict[str, Any], *, settings: Settings) -> Project:
+    """Turn a resolved Compose document, ours or Compose's own, into a Project.
+
+    Raises:
+        StackError: USAGE, naming the missing key.
+
+    """
+    secrets = {key: root / item["file"] for key, item in document["secrets"].items()}
+    engine = document["x-engine"]
+    try:
+        return Project(
+            root=root,
+            name=document["name"],
+            settings=settings,
+            engine=Engine(engine["repository"], engine["commit"], int(engine["build"])),
+            default=document["x-default"],
+            services={
+                quant: _service(quant, model, document["services"][f"glm-{quant}"], root, secrets)
+                for quant, model in document["x-models"].items()
+            },
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StackError(
+            f"compose.yaml lacks or mistypes {error}.",
+            "Compare it with the published file.",
+            Code.USAGE,
+        ) from error
+
+
+def _service(
+    quant: str, model: dict[str, Any], raw: dict[str, Any], root: Path, secrets: dict[str, Path]
+) -> Service:
+    (port,) = raw["ports"]
+    deploy = raw.get("deploy", {}).get("resources", {}).get("reservations", {})
+    mounts = {Path(item["target"]): root / item["source"] for item in raw["volumes"]}
+    mounts |= {Path(item["target"]): secrets[item["source"]] for item in raw["secrets"]}
+    published = port.get("published", "")
+    return Service(
+        quant=quant,
+        name=f"glm-{quant}",
+        image=raw["image"],
+        build_args=raw["build"]["args"],
+        environment=raw["environment"],
+        bind=port["host_ip"],
+        port=int(published) if published else None,
+        target_port=port["target"],
+        mounts=mounts,
+        gpus=tuple(g for item in deploy.get("devices", ()) for g in item["device_ids"]),
+        stop_grace_s=float(raw["stop_grace_period"].removesuffix("s")),
+        uid=int(raw["user"].partition(":")[0]),
+        model=Model(**{**model, "path": Path(model["path"])}),
+    )

@@ -1,0 +1,313 @@
+"""The programs, locks, files and ports of this machine. The only module that starts a process."""
+
+import contextlib
+import fcntl
+import ipaddress
+import os
+import signal
+import socket
+import subprocess  # noqa: TID251
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stack.errors import Code, StackError
+
+_INTERRUPT_GRACE_S = 10
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished program left: exit status and its two streams, decoded."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float | None = None,
+    show: bool = False,
+    line: Callable[[str], None] | None = None,
+    patience_s: float = 0,
+) -> Result:
+    """Run a program to its end and return its result, whatever its status.
+
+    `show` lets it write to this process's own standard error (progress bars); `line` receives
+    each line of its output as it comes. It runs in a process group of its own: when this call is
+    left early, by Ctrl-C or a time limit, the whole group is ended before it returns. A program
+    that must not stop half-way is given `patience_s` to end by itself first.
+
+    Raises:
+        StackError: HOST, where the program does not exist or outlasts `timeout_s`.
+
+    """
+    sink = None if show else subprocess.PIPE
+    try:
+        process = subprocess.Popen(
+            list(argv),
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=2 if show else subprocess.PIPE,
+            stderr=subprocess.STDOUT if line else sink,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise StackError(
+            f"{argv[0]} is not installed.", f"Install {argv[0]} and try again.", Code.HOST
+        ) from error
+    timed_out = threading.Event()
+
+    def expire() -> None:
+        timed_out.set()
+        _end(process, patience_s)
+
+    timer = threading.Timer(timeout_s or 0, expire)
+    collected = []
+    with process:
+        try:
+            if timeout_s:
+                timer.start()
+            if line and process.stdout:
+                for text in process.stdout:
+                    collected.append(text)
+                    line(text.rstrip())
+            out, err = process.communicate()
+        except BaseException:
+            _end(process, patience_s)
+            raise
+        finally:
+            timer.cancel()
+    if timed_out.is_set():
+        raise StackError(
+            f"`{' '.join(map(str, argv[:3]))} …` gave no answer within {timeout_s:g} s.",
+            "See whether what it talks to hangs, then try again.",
+            Code.HOST,
+        )
+    return Result(process.returncode, "".join(collected) or out or "", err or "")
+
+
+def _end(process: "subprocess.Popen[str]", patience_s: float) -> None:
+    """End a process group: wait, interrupt, then kill; another Ctrl-C skips to the next step."""
+    with contextlib.suppress(ProcessLookupError):
+        for number, limit_s in ((0, patience_s), (signal.SIGINT, _INTERRUPT_GRACE_S)):
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.wait(limit_s)
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def spawn(program: str, *, env: Mapping[str, str], log: Path) -> int:
+    """Start a program that outlives this one, in a session of its own; return its pid.
+
+    Its output goes to `log`, emptied first. `Popen` would warn that nobody waits for it.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    files = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    return os.posix_spawn(program, [program], env, file_actions=files, setsid=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path, *, verb: str) -> Iterator[None]:
+    """Hold the project's lock; the kernel drops it with the process, so none is ever stale.
+
+    Raises:
+        StackError: BUSY, naming the holder, when another operation has it.
+
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise StackError(
+                f"Another operation is at work: {file.read().strip() or 'unknown'}.",
+                "Wait for it to end, then try again.",
+                Code.BUSY,
+            ) from None
+        file.truncate(0)
+        file.write(f"invoke {verb}, pid {os.getpid()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def write_atomic(path: Path, text: str, *, mode: int = 0o644, owner: int | None = None) -> None:
+    """Write a small file so that a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "w") as file:
+            os.fchmod(fd, mode)
+            if owner is not None:
+                os.fchown(fd, owner, owner)
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A listening TCP socket: its address, and its process where we may see it."""
+
+    address: str
+    holder: str
+
+
+def listeners(port: int) -> tuple[Listener, ...]:
+    """Return who listens on a TCP port, of either address family, in this network namespace."""
+    return tuple(
+        Listener(address, _holder(inode)) for address, p, inode in _listening() if p == port
+    )
+
+
+def listening_port(pid: int) -> int | None:
+    """Return the lowest TCP port that a process listens on, or None."""
+    sockets = {_link(fd) for fd in Path(f"/proc/{pid}/fd").glob("*")}
+    ports = [port for _, port, inode in _listening() if f"socket:[{inode}]" in sockets]
+    return min(ports, default=None)
+
+
+def _listening() -> Iterator[tuple[str, int, str]]:
+    """Yield address, port and socket inode of each listening TCP socket."""
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        rows = table.read_text().splitlines()[1:] if table.exists() else []
+        for fields in map(str.split, rows):
+            if fields[3] == "0A":
+                address, _, port = fields[1].rpartition(":")
+                yield _address(address), int(port, 16), fields[9]
+
+
+def _address(text: str) -> str:
+    """Decode /proc/net/tcp's address: 32-bit words in host order, little-endian here."""
+    words = [bytes.fromhex(text[i : i + 8])[::-1] for i in range(0, len(text), 8)]
+    return str(ipaddress.ip_address(b"".join(words)))
+
+
+def _link(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:  # gone meanwhile, or another user's
+        return ""
+
+
+def _holder(inode: str) -> str:
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        if _link(fd) == f"socket:[{inode}]":
+            pid = fd.parts[2]
+            return f"{Path(f'/proc/{pid}/comm').read_text().strip()} (pid {pid})"
+    return "a process that this user may not see"
+
+
+def port_conflict(bind: str, port: int) -> Listener | None:
+    """Return a listener that stands in the way of serving `bind`:`port`.
+
+    One on another specific address does not, except on loopback: `localhost` may mean ::1, and
+    a client would reach a stranger there.
+    """
+    for listener in listeners(port):
+        theirs, ours = ipaddress.ip_address(listener.address), ipaddress.ip_address(bind)
+        if theirs == ours or theirs.is_unspecified or ours.is_unspecified:
+            return listener
+        if theirs.is_loopback and ours.is_loopback:
+            return listener
+    return None
+
+
+def addresses() -> tuple[str, ...]:
+    """Return this machine's own IPv4 addresses beyond loopback."""
+    found_ = set()
+    for line in Path("/proc/net/fib_trie").read_text().split("|--")[1:]:
+        address, *rest = line.split()
+        if "host" in rest and "LOCAL" in rest:
+            found_.add(address)
+    return tuple(sorted(a for a in found_ if not ipaddress.ip_address(a).is_loopback))
+
+
+def answers(host: str, port: int, *, timeout_s: float = 3) -> bool:
+    """Return whether a TCP connection to `host`:`port` opens within `timeout_s`."""
+    try:
+        socket.create_connection((host, port), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that cannot be mistaken for a later one with the same pid.
+
+    `started` is field 22 of /proc/<pid>/stat: clock ticks after boot.
+    """
+
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> "Process | None":
+        """Return the living process with this pid; a zombie counts as gone."""
+        fields = _stat(pid)
+        return cls(pid, int(fields[19])) if fields and fields[0] not in "ZX" else None
+
+    def alive(self) -> bool:
+        """Return whether this very process still runs."""
+        return Process.of(self.pid) == self
+
+    def activity(self) -> tuple[str, ...]:
+        """Return page faults and CPU ticks: they move while it works, not while it is stuck."""
+        fields = _stat(self.pid)
+        return tuple(fields[i] for i in (7, 9, 11, 12)) if fields else ()
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to its process group, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.alive():
+                os.killpg(self.pid, number)
+
+
+def children(pid: int) -> tuple[int, ...]:
+    """Return the pids of a process's children."""
+    try:
+        return tuple(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except (FileNotFoundError, ProcessLookupError):
+        return ()
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat after the name, from field 3 on; empty when gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []

@@ -1,0 +1,84 @@
+"""The API key: made once, checked before every start, never optional.
+
+The server treats an empty key file as "no authentication" and a key with a blank at its end as a
+key that no client can send, so both are refused here.
+"""
+
+import ipaddress
+import os
+import secrets
+from pathlib import Path
+
+from stack.config import Service
+from stack.errors import Code, StackError
+from stack.host import write_atomic
+
+
+def make(service: Service) -> Path:
+    """Write 32 random bytes as hex for the service's user alone, unless a key is there.
+
+    Returns its path. As root the file is given to the container's user; otherwise that user is
+    the caller (GLM_UID).
+    """
+    if not service.key_file.exists():
+        owner = service.uid if os.getuid() == 0 else None
+        write_atomic(service.key_file, secrets.token_hex(32) + "\n", mode=0o600, owner=owner)
+    return service.key_file
+
+
+def read(service: Service) -> str:
+    """Return the first key of the service's key file.
+
+    Raises:
+        StackError: USAGE, for a file that would mean no key, an unusable one, or one that the
+            server's user cannot read.
+
+    """
+    path = service.key_file
+    try:
+        raw = path.read_bytes().decode("ascii")
+        status = path.stat()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise _unusable(service, f"cannot be read: {reason}") from error
+    keys = [line for line in raw.split("\n") if line and not line.startswith("#")]
+    if not keys:
+        raise _unusable(service, "holds no key, which would mean no authentication")
+    for key in keys:
+        if not key.isprintable() or any(c.isspace() or c == "," for c in key):
+            raise _unusable(service, "has a blank, a comma or a carriage return in a key")
+    readable = 0o400 if status.st_uid == service.uid else 0o004
+    if not status.st_mode & readable:
+        raise StackError(
+            f"The key file {path} cannot be read by the server's user {service.uid}.",
+            f"chown {service.uid} {path}",
+            Code.USAGE,
+        )
+    return keys[0]
+
+
+def require(service: Service, *, first_start: bool) -> str:
+    """Return the key; where there is none, make it if this may be the first start.
+
+    Raises:
+        StackError: USAGE, as `read`; also when there is none and the server would be published
+            beyond loopback.
+
+    """
+    if first_start and ipaddress.ip_address(service.bind).is_loopback:
+        make(service)
+    elif not service.key_file.exists():
+        raise StackError(
+            f"There is no API key in {service.key_file} for {service.name} on {service.bind}.",
+            "Make one with `invoke key`, and give it to your clients.",
+            Code.USAGE,
+        )
+    return read(service)
+
+
+def _unusable(service: Service, why: str) -> StackError:
+    return StackError(
+        f"The key file {service.key_file} {why}.",
+        "Remove it and run `invoke key`, which writes a new one.",
+        Code.USAGE,
+    )

@@ -1,0 +1,234 @@
+"""The native runtime: the same pinned engine and settings as a plain process."""
+
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from stack.config import Project, Service
+from stack.errors import Code, StackError
+from stack.host import Process, Result, listening_port, run, spawn, write_atomic
+from stack.server import Server
+from stack.wait import WaitTimeoutError, wait_until
+
+_log = logging.getLogger(__name__)
+TARGETS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-fit-params")
+_LISTEN_LIMIT_S = 60
+_SECOND_TERM_S = 5
+_KILL_S = 10
+
+
+class Native:
+    """Runs services as processes of this user, each in a session of its own."""
+
+    name = "native"
+
+    def __init__(
+        self, project: Project, *, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Bind to a project. `progress` receives (done, total) steps of a build."""
+        self.project = project
+        self._progress = progress
+        self._folder = project.state / "native"
+
+    def check(self) -> None:
+        """Nothing has to answer before a native run."""
+
+    def execute(self, service: Service, *argv: str) -> Result:  # noqa: ARG002
+        """Run one of the engine's programs to its end."""
+        return run(argv, timeout_s=60)
+
+    def program(self, service: Service, name: str) -> str:
+        """Return the path of one of the engine's programs for the service's backend."""
+        return str(self._build_folder(service) / "bin" / name)
+
+    def _build_folder(self, service: Service) -> Path:
+        name = f"{self.project.engine.commit[:12]}-{service.backend}"
+        return self.project.cache / "engine" / name
+
+    def built(self, service: Service) -> bool:
+        """Return whether the pinned engine is built for the service's backend."""
+        return (self._build_folder(service) / "done").exists()
+
+    def build(self, service: Service, *, source: Path) -> None:
+        """Compile the engine with CMake; unchanged files are not compiled again.
+
+        Raises:
+            StackError: BUILD, with the compiler's last words; HOST without nvcc for CUDA.
+
+        """
+        folder = self._build_folder(service)
+        folder.mkdir(parents=True, exist_ok=True)
+        engine = self.project.engine
+        configure: list[str | Path] = [
+            *("-C", self.project.root / "docker" / "engine.cmake"),
+            *("-S", source, "-B", folder, "-G", "Ninja"),
+            f"-DLLAMA_BUILD_NUMBER={engine.build}",
+            f"-DLLAMA_BUILD_COMMIT={engine.commit}",
+        ]
+        if service.backend == "cuda":
+            configure += self._cuda(service)
+        if shutil.which("ccache"):
+            configure += [f"-DCMAKE_{x}_COMPILER_LAUNCHER=ccache" for x in ("C", "CXX", "CUDA")]
+        toolchain = self._toolchain()
+        # A clone in another folder shares the compiler cache.
+        env = {**os.environ, "CCACHE_BASEDIR": str(self.project.cache), "CCACHE_NOHASHDIR": "1"}
+        env["PATH"] = f"{toolchain}:{env['PATH']}"
+        if not shutil.which("c++"):
+            _log.info("No C++ compiler here; building with Zig's, from PyPI.")
+            zig = ["-DCMAKE_C_COMPILER=zig;cc", "-DCMAKE_CXX_COMPILER=zig;c++", "-DGGML_OPENMP=OFF"]
+            configure += zig
+        log: list[str] = []
+        steps: list[list[str | Path]] = [
+            ["cmake", *configure],
+            ["cmake", "--build", folder, "--target", *TARGETS],
+        ]
+        for argv in steps:
+            done = run(argv, env=env, line=lambda text: self._step(text, log))
+            if done.status:
+                (folder / "build.log").write_text("\n".join(log))
+                failing = [line for line in log if "error" in line.lower()] or log
+                raise StackError(
+                    f"The engine did not build: {' / '.join(failing[-3:])}",
+                    f"The whole log is in {folder / 'build.log'}.",
+                    Code.BUILD,
+                )
+        write_atomic(folder / "done", engine.commit)
+
+    def _step(self, text: str, log: list[str]) -> None:
+        log.append(text)
+        if self._progress and (match := re.match(r"\[(\d+)/(\d+)\]", text)):
+            self._progress(int(match[1]), int(match[2]))
+
+    def _cuda(self, service: Service) -> list[str | Path]:
+        if not shutil.which("nvcc"):
+            raise StackError(
+                f"{service.name} needs CUDA, and nvcc is not on PATH.",
+                "Install NVIDIA's CUDA toolkit, or use Docker, whose build brings its own.",
+                Code.HOST,
+            )
+        return ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={service.build_args['CUDA_ARCH']}"]
+
+    def _toolchain(self) -> Path:
+        """Return the folder of CMake, Ninja and Zig from the lock file's toolchain group."""
+        environment = self.project.cache / "toolchain"
+        uv = os.environ.get("UV", "uv")
+        env = {**os.environ, "UV_PROJECT_ENVIRONMENT": str(environment)}
+        env.pop("VIRTUAL_ENV", None)
+        argv = [uv, "sync", "--frozen", "--quiet", "--only-group", "toolchain"]
+        done = run(argv, cwd=self.project.root, env=env, timeout_s=600)
+        if done.status:
+            raise StackError(
+                f"CMake and Ninja cannot be installed: {done.stderr.strip()}",
+                "Mend the network and try again.",
+                Code.BUILD,
+            )
+        return environment / "bin"
+
+    def start(self, service: Service, *, key: str) -> Server:
+        """Start the service's process with the settings of `compose.yaml`, paths translated.
+
+        Raises:
+            StackError: LOAD, when it ends before it listens.
+
+        """
+        settings = {
+            name: str(service.host_path(Path(value))) if value.startswith("/") else value
+            for name, value in service.environment.items()
+        }
+        settings |= {"LLAMA_ARG_HOST": service.bind, "LLAMA_ARG_PORT": str(service.port or 0)}
+        if service.gpus:  # counted as nvidia-smi and Docker do
+            settings |= {"CUDA_VISIBLE_DEVICES": ",".join(service.gpus)}
+            settings |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        foreign = ("LLAMA_", "GLM_", "HF_", "CUDA_")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        program = self.program(service, "llama-server")
+        pid = spawn(program, env=inherited | settings, log=self._log_file(service))
+        process = Process.of(pid) or Process(pid, 0)
+        record = {"pid": pid, "started": process.started, "bind": service.bind}
+        record |= {"settings": settings}
+        write_atomic(self._record_file(service), json.dumps(record, indent=1))
+
+        def listening() -> Server | None:
+            server = self.find(service, key=key)
+            if server is None or (server.ended() and not server.url):
+                raise StackError(
+                    f"{service.name} ended before it listened. {self._log_file(service)} says why.",
+                    f"See `invoke logs --quant {service.quant}`.",
+                    Code.LOAD,
+                )
+            return server if server.url else None
+
+        return wait_until(
+            listening, timeout_s=_LISTEN_LIMIT_S, what=f"{service.name} not listening"
+        )
+
+    def _log_file(self, service: Service) -> Path:
+        return self._folder / f"{service.name}.log"
+
+    def _record_file(self, service: Service) -> Path:
+        return self._folder / f"{service.name}.json"
+
+    def find(self, service: Service, *, key: str) -> Server | None:
+        """Return the service's server, running or ended; None where none was started."""
+        record_file = self._record_file(service)
+        try:
+            record = json.loads(record_file.read_text())
+            process = Process(int(record["pid"]), int(record["started"]))
+            bind, port = record["bind"], record["settings"]["LLAMA_ARG_PORT"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            aside = record_file.with_suffix(".corrupt")
+            record_file.replace(aside)
+            _log.warning("%s is no record of ours; moved to %s.", record_file, aside.name)
+            return None
+        log_file = self._log_file(service)
+        if port == "0":  # the platform's choice
+            port = str(listening_port(process.pid) or "")
+        host = "127.0.0.1" if ipaddress.ip_address(bind).is_unspecified else bind
+        return Server(
+            runtime=self.name,
+            service=service,
+            url=f"http://{host}:{port}" if port else "",
+            key=key,
+            processes=(process,),
+            logs=lambda lines: _tail(log_file, lines),
+            ended=lambda: None if process.alive() else "ended",
+        )
+
+    def follow(self, service: Service) -> None:
+        """Show the service's log as it grows, until interrupted."""
+        run(["tail", "-n", "50", "-F", self._log_file(service)], show=True)
+
+    def stop(self, service: Service) -> bool:
+        """Stop the service's process; return whether it was running.
+
+        A second SIGTERM makes the server drop its requests, SIGKILL ends one that hangs.
+        """
+        server = self.find(service, key="")
+        running = server is not None and server.ended() is None
+        if server and running:
+            limits = (service.stop_grace_s, _SECOND_TERM_S, _KILL_S)
+            numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
+            for number, limit_s in zip(numbers, limits, strict=True):
+                server.processes[0].signal_group(number)
+                with contextlib.suppress(WaitTimeoutError):
+                    wait_until(server.ended, timeout_s=limit_s, what=f"{service.name} still runs")
+                    break
+        self._record_file(service).unlink(missing_ok=True)
+        return running
+
+
+def _tail(path: Path, lines: int) -> str:
+    """Return the last lines of a file, reading no more than its last 64 KiB."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,291 @@
+"""Brings servers up and down, whichever way they run: the operations above the two runtimes."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from stack import client, engine, gguf_header, gpu, keys, models
+from stack.compose import Docker, NoEngineError
+from stack.config import Project, Service
+from stack.errors import Code, StackError
+from stack.host import Result, port_conflict
+from stack.native import Native
+from stack.server import Server
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Receives what is being done, and how much of how much is done."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+class Runtime(Protocol):
+    """What the Docker and the native runtime have in common."""
+
+    name: str
+
+    def check(self) -> None:
+        """Make sure that it can run anything at all."""
+
+    def built(self, service: Service) -> bool:
+        """Return whether the pinned engine is built for the service."""
+
+    def build(self, service: Service, *, source: Path) -> None:
+        """Build it from a folder with the engine's source."""
+
+    def program(self, service: Service, name: str) -> str:
+        """Return the path of one of the engine's programs, as `execute` takes it."""
+
+    def execute(self, service: Service, *argv: str) -> Result:
+        """Run a program of the service's engine to its end."""
+
+    def start(self, service: Service, *, key: str) -> Server:
+        """Start the service, replacing what is left of an earlier one."""
+
+    def find(self, service: Service, *, key: str) -> Server | None:
+        """Return the service's server, running or ended; None where there is nothing of it."""
+
+    def follow(self, service: Service) -> None:
+        """Show the service's log as it grows, until interrupted."""
+
+    def stop(self, service: Service) -> bool:
+        """Stop the service and remove what is left; return whether there was anything."""
+
+
+@dataclass(frozen=True)
+class Up:
+    """A server that has generated."""
+
+    server: Server
+    was_up: bool
+    ready_s: float
+    """From its start to the end of its load; 0 where it was up before."""
+    first: client.Completion
+
+
+def native(project: Project, progress: Progress = _silent) -> Native:
+    """Return the native runtime."""
+    return Native(project, progress=lambda done, total: progress("engine", done, total))
+
+
+def choose(project: Project, *, want: str | None = None, progress: Progress = _silent) -> Runtime:
+    """Return the runtime named `docker` or `native`; None takes Docker where an engine is.
+
+    An engine that is there and does not answer is an error, not a reason to run natively.
+
+    Raises:
+        StackError: HOST, when Docker is wanted or present, and cannot be used.
+
+    """
+    if want == "native":
+        return native(project, progress)
+    docker = Docker(project)
+    try:
+        docker.check()
+    except NoEngineError as error:
+        if want == "docker":
+            raise
+        _log.info("%s Running natively.", error.cause)
+        return native(project, progress)
+    return docker
+
+
+def present(project: Project) -> list[Runtime]:
+    """Return the runtimes that can hold a server here: both, or native alone."""
+    docker = Docker(project)
+    try:
+        docker.check()
+    except NoEngineError:
+        return [Native(project)]
+    return [docker, Native(project)]
+
+
+def build(runtime: Runtime, project: Project, service: Service) -> None:
+    """Build the engine for a service. Raises StackError, mostly BUILD."""
+    runtime.check()
+    runtime.build(service, source=engine.source(project))
+
+
+def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _silent) -> None:
+    """Make sure that the service's model file is there and sound, making a random one if asked.
+
+    A model without a repository (tiny) is random anyway.
+
+    Raises:
+        StackError: LOAD when it is missing, INTEGRITY when broken, DISK when it cannot be made.
+
+    """
+    model, path = service.model, service.model_file
+    if not path.exists() and (stand_in or not model.repository):
+        kind = "random weights" if not model.repository else "stand-in, random weights"
+        models.write_random(
+            path,
+            recipe=model.random,
+            name=f"GLM-4.7-Flash {service.quant} ({kind})",
+            progress=lambda done, total: progress(path.name, done, total),
+        )
+    if not path.exists():
+        raise StackError(
+            f"{service.name} needs {path.name} ({model.size_gb} GB) in {path.parent}.",
+            f"uv run hf download {model.repository} {path.name} --local-dir {path.parent}"
+            "; or try --stand-in (random weights).",
+            Code.LOAD,
+        )
+    gguf_header.read(path)
+
+
+def up(
+    runtime: Runtime,
+    project: Project,
+    service: Service,
+    *,
+    stand_in: bool = False,
+    progress: Progress = _silent,
+) -> Up:
+    """Serve a quant: build, make or check, start, wait, and see it generate.
+
+    A server that is up already is only asked to generate. One that fails, or is interrupted on
+    the way, is stopped again.
+
+    Raises:
+        StackError: by what failed.
+
+    """
+    runtime.check()
+    key = keys.require(service, first_start="GLM_KEY_FILE" not in project.settings)
+    found = runtime.find(service, key=key)
+    if found and found.ended() is None:
+        client.wait_ready(found)
+        first = client.complete(found, "Hello")
+        return Up(server=found, was_up=True, ready_s=0, first=first)
+    gpu.require(service)
+    ensure_model(service, stand_in=stand_in, progress=progress)
+    if service.port and (holder := port_conflict(service.bind, service.port)):
+        raise StackError(
+            f"Port {service.port} on {holder.address} is taken by {holder.holder}.",
+            f"Stop it, or set GLM_{service.quant.upper()}_PORT in .env to another.",
+            Code.PORT,
+        )
+    if not runtime.built(service):
+        build(runtime, project, service)
+    start = time.monotonic()
+    try:
+        server = runtime.start(service, key=key)
+        client.wait_ready(server)
+        ready_s = time.monotonic() - start
+        first = client.complete(server, "Hello", tokens=32)
+    except BaseException:
+        runtime.stop(service)
+        raise
+    return Up(server=server, was_up=False, ready_s=ready_s, first=first)
+
+
+@contextlib.contextmanager
+def serving(runtime: Runtime, project: Project, service: Service) -> Iterator[Up]:
+    """Serve a quant while the context lasts. Raises as `up`."""
+    done = up(runtime, project, service)
+    try:
+        yield done
+    finally:
+        runtime.stop(service)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a service is, in a word, with the reason where it is not plain."""
+
+    quant: str
+    runtime: str
+    state: str
+    """stopped, starting, loading, ready, not answering, or ended."""
+    detail: str = ""
+    url: str = ""
+    model: str = ""
+    context: int = 0
+    slots: int = 0
+    engine: str = ""
+
+
+def states(project: Project) -> tuple[State, ...]:
+    """Return the state of every service, in each runtime that has it; `stopped` where none has."""
+    found = []
+    for quant, service in project.services.items():
+        servers = [server for _, server in servers_of(project, service)]
+        found += [state(server) for server in servers] or [State(quant, "", "stopped")]
+    return tuple(found)
+
+
+def servers_of(project: Project, service: Service) -> list[tuple[Runtime, Server]]:
+    """Return a service's servers, running or ended, each with its runtime.
+
+    An unusable key is no reason not to see or stop them; a call that needs it will say so.
+    """
+    key = ""
+    with contextlib.suppress(StackError):
+        key = keys.read(service)
+    pairs = [(runtime, runtime.find(service, key=key)) for runtime in present(project)]
+    return [(runtime, server) for runtime, server in pairs if server]
+
+
+def state(server: Server) -> State:
+    """Return what a server is doing, in its own words where it answers."""
+    quant = server.service.quant
+    if how := server.ended():
+        return State(quant, server.runtime, "ended", f"{how}. {client.evidence(server)}")
+    word = client.health(server)
+    if word != "ready":
+        return State(quant, server.runtime, word, url=server.url)
+    try:
+        says = client.props(server)
+    except StackError as error:
+        return State(quant, server.runtime, word, error.cause, server.url)
+    return State(
+        quant=quant,
+        runtime=server.runtime,
+        state=word,
+        detail=f"restarted {server.restarts} times after a crash" if server.restarts else "",
+        url=server.url,
+        model=Path(says["model_path"]).name,
+        context=says["default_generation_settings"]["n_ctx"],
+        slots=says["total_slots"],
+        engine=says["build_info"],
+    )
+
+
+def running(project: Project, quant: str | None) -> Server:
+    """Return the running server of a quant, or the only one there is.
+
+    Raises:
+        StackError: USAGE, when there is none, or several and no quant is named.
+
+    """
+    services = [project.service(quant)] if quant else list(project.services.values())
+    found = [
+        server
+        for service in services
+        for _, server in servers_of(project, service)
+        if server.ended() is None
+    ]
+    if not found:
+        raise StackError(
+            f"{quant or 'No quant'} is not running.", "Start it with `invoke up`.", Code.USAGE
+        )
+    if len({server.service.quant for server in found}) > 1:
+        names = ", ".join(server.service.quant for server in found)
+        raise StackError(f"{names} are running.", "Name one with --quant.", Code.USAGE)
+    return found[0]
+
+
+def down(project: Project, service: Service) -> list[str]:
+    """Stop a service wherever it runs or has ended; return the runtimes that had it."""
+    runtimes = [runtime for runtime, _ in servers_of(project, service)]
+    for runtime in runtimes:
+        runtime.stop(service)
+    return [runtime.name for runtime in runtimes]
