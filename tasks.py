@@ -1,0 +1,255 @@
+"""Operate the deployment: values become words here, a StackError two lines and an exit code."""
+
+import contextlib
+import functools
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task as invoke_task
+
+if TYPE_CHECKING:
+    from stack.config import Project, Service
+    from stack.runtime import Progress, Runtime, State, Up
+
+ROOT = Path(__file__).parent
+INTERRUPTED = 130
+HELP = {
+    "docker": "insist on Docker",
+    "follow": "keep showing new lines until Ctrl-C",
+    "json": "print JSON",
+    "message": "the question",
+    "native": "run the engine as a plain process",
+    "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
+    "stand-in": "use random weights of the model's full shape, made here, instead of its file",
+    "tokens": "the most tokens to answer with",
+}
+
+
+def task(function: Callable[..., None]) -> Any:
+    """Make a task: options described by HELP, errors and Ctrl-C turned into an exit code."""
+
+    @functools.wraps(function)
+    def body(*args: Any, **kwargs: Any) -> None:
+        from stack.errors import StackError
+
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("stack").setLevel(logging.INFO)
+        try:
+            function(*args, **kwargs)
+        except StackError as error:
+            raise Exit(str(error), error.code) from None
+        except KeyboardInterrupt:
+            raise Exit("Interrupted; what was begun is undone.", INTERRUPTED) from None
+
+    names = inspect.signature(function).parameters
+    options = {name.replace("_", "-") for name in names}
+    return invoke_task(
+        body,
+        help={option: text for option, text in HELP.items() if option in options},
+        iterable=["quant"] if "quant" in names else [],
+        positional=["message"] if "message" in names else [],
+        auto_shortflags=False,
+    )
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What an acting task works with while it holds the project's lock."""
+
+    project: "Project"
+    runtime: "Runtime"
+    progress: "Progress"
+
+
+@contextlib.contextmanager
+def _acting(
+    verb: str, *, native: bool = False, docker: bool = False, stand_in: bool = False
+) -> Iterator[Acting]:
+    from stack import host, runtime
+    from stack.errors import Code, StackError
+
+    if native and docker:
+        raise StackError("--native and --docker exclude each other.", "Give one.", Code.USAGE)
+    want = "native" if native else "docker" if docker else None
+    project = _project(stand_in=stand_in)
+    with host.lock(project.state, verb=verb), _bars() as progress:
+        yield Acting(project, runtime.choose(project, want=want, progress=progress), progress)
+
+
+@contextlib.contextmanager
+def _bars() -> "Iterator[Progress]":
+    """Yield a callback that draws a bar on standard error for each thing it hears of."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with contextlib.ExitStack() as stack:
+        rows: dict[str, Any] = {}
+
+        @functools.cache
+        def bars() -> Progress:
+            return stack.enter_context(Progress(console=Console(stderr=True)))
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in rows:
+                rows[what] = bars().add_task(what)
+            bars().update(rows[what], completed=done, total=total)
+
+        yield show
+
+
+def _project(*, stand_in: bool = False) -> "Project":
+    from stack import config
+
+    project = config.load(ROOT)
+    return config.load(ROOT, overrides=config.stand_ins(project)) if stand_in else project
+
+
+def _services(project: "Project", quant: list[str]) -> "list[Service]":
+    return [project.service(name) for name in dict.fromkeys(quant or [project.default])]
+
+
+def _tell_up(up: "Up") -> None:
+    from stack import runtime
+
+    state, service = runtime.state(up.server), up.server.service
+    how = "was up already" if up.was_up else f"is up, loaded in {up.ready_s:.1f} s"
+    print(f"{service.name} ({state.runtime}) {how} and generates.")
+    print(f"  URL      {state.url}/v1")
+    print(f"  key      in {service.key_file}")
+    print(f"  model    {service.alias}: {state.model}")
+    print(f"  context  {state.context:,} tokens, {state.slots} slots")
+    print(
+        f"  speed    {up.first.decode_tokens_s:.0f} tokens/s, one client, {up.first.tokens} tokens"
+    )
+    option = f" --quant {service.quant}"
+    print(f"Next: invoke ask 'hello'{option} | invoke status | invoke down{option}")
+
+
+def _json(states: "tuple[State, ...]") -> str:
+    return json.dumps([asdict(state) for state in states], indent=1)
+
+
+def _table(states: "tuple[State, ...]") -> Any:
+    from rich.table import Table
+
+    columns = ("quant", "runtime", "state", "URL", "model", "context", "slots", "engine")
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for each in states:
+        numbers = (f"{each.context:,}", str(each.slots)) if each.context else ("", "")
+        where = (each.quant, each.runtime, f"{each.state} {each.detail}".strip(), each.url)
+        table.add_row(*where, each.model, *numbers, each.engine.partition("-")[0])
+    return table
+
+
+@task
+def build(_: Context, quant: list[str], native: bool = False, docker: bool = False) -> None:
+    """Build the engine, as an image or natively."""
+    from stack import runtime
+
+    with _acting("build", native=native, docker=docker) as act:
+        for service in _services(act.project, quant):
+            runtime.build(act.runtime, act.project, service)
+            print(f"{service.backend} engine b{act.project.engine.build} is built.")
+
+
+@task
+def model(_: Context, quant: list[str], stand_in: bool = False) -> None:
+    """Make a model of random weights where its file is missing, and check the file."""
+    from stack import runtime
+
+    with _acting("model", native=True, stand_in=stand_in) as act:
+        for service in _services(act.project, quant):
+            runtime.ensure_model(service, stand_in=stand_in, progress=act.progress)
+            print(f"{service.model_file} is there and whole.")
+
+
+@task
+def key(_: Context, quant: list[str]) -> None:
+    """Make the API key where there is none, and say where it is."""
+    from stack import keys
+
+    for service in _services(_project(), quant):
+        keys.make(service)
+        keys.read(service)
+        print(service.key_file)
+
+
+@task
+def up(
+    _: Context,
+    quant: list[str],
+    native: bool = False,
+    docker: bool = False,
+    stand_in: bool = False,
+) -> None:
+    """Serve quants: make what is missing, start, wait, and see them generate."""
+    from stack import runtime
+
+    with _acting("up", native=native, docker=docker, stand_in=stand_in) as act:
+        for service in _services(act.project, quant):
+            done = runtime.up(
+                act.runtime, act.project, service, stand_in=stand_in, progress=act.progress
+            )
+            with contextlib.suppress(KeyboardInterrupt):  # it is up, told whole or not
+                _tell_up(done)
+
+
+@task
+def down(_: Context, quant: list[str]) -> None:
+    """Stop quants, all of them if none is named."""
+    from stack import host, runtime
+
+    project = _project()
+    with host.lock(project.state, verb="down"):
+        for service in _services(project, quant or list(project.services)):
+            for name in runtime.down(project, service):
+                print(f"{service.name} ({name}) is stopped.")
+    print("Nothing runs." if not quant else "Done.")
+
+
+@task
+def status(_: Context, json: bool = False) -> None:
+    """Show what each quant is doing."""
+    from rich.console import Console
+
+    from stack import runtime
+
+    states = runtime.states(_project())
+    if json:
+        print(_json(states))
+    else:
+        Console().print(_table(states))
+
+
+@task
+def logs(_: Context, quant: list[str], follow: bool = False) -> None:
+    """Show the last lines of the servers' logs."""
+    from stack import runtime
+
+    project = _project()
+    for service in _services(project, quant):
+        for where, server in runtime.servers_of(project, service):
+            where.follow(service) if follow else print(server.logs(200))
+
+
+@task
+def ask(_: Context, message: str, quant: list[str], tokens: int = 256) -> None:
+    """Ask a running server a question and stream its answer."""
+    from stack import client, runtime
+
+    server = runtime.running(_project(), quant[0] if quant else None)
+    for part in client.stream(server, message, tokens=tokens):
+        if isinstance(part, str):
+            print(part, end="", flush=True)
+        else:
+            print(f"\n{part.tokens} tokens at {part.decode_tokens_s:.1f} tokens/s", file=sys.stderr)
