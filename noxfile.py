@@ -1,0 +1,87 @@
+"""Verify this tree and what it serves.
+
+nox                         everything that this machine can check, then a table of it
+nox -s load                 one check, on every quant and runtime that this machine can run
+nox -s load -- --native     narrowed to a runtime (--native, --docker) or a quant (--quant q8)
+nox -s network -- --attach http://host:11346 --key-file FILE    a server that runs already
+"""
+
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import nox
+
+nox.needs_version = ">=2026.10"
+# One environment, that of uv.lock: `uv run` brings it up to date before each command.
+nox.options.default_venv_backend = "none"
+
+RESULTS = Path(".state") / "checks"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and import rules."""
+    _run(session, "ruff", "check")
+    _run(session, "ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types."""
+    _run(session, "mypy")
+
+
+@nox.session
+def unit(session: nox.Session) -> None:
+    """Test the library without daemon, GPU or network."""
+    _pytest(session, "tests/unit")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Check that the engine built is the pinned one, whole, and knows its settings."""
+    _pytest(session, "tests/checks/test_build.py", *session.posargs)
+
+
+@nox.session
+def load(session: nox.Session) -> None:
+    """Check that the configured model loads, with its context and slots, and generates."""
+    _pytest(session, "tests/checks/test_load.py", *session.posargs)
+
+
+@nox.session
+def network(session: nox.Session) -> None:
+    """Check who reaches the server, from where, and with which key."""
+    _pytest(session, "tests/checks/test_network.py", *session.posargs)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Check that bad input and faults end in one line, the right code, and nothing left over."""
+    _pytest(session, "tests/checks/test_faults.py", *session.posargs)
+
+
+@nox.session
+def summary(session: nox.Session) -> None:
+    """Show what passed, and what was skipped and why."""
+    _run(session, "python", "-m", "tests.summary", str(RESULTS))
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure how long the commands take when there is nothing to do."""
+    _run(session, "pytest", "bench", "--benchmark-columns=min,median,max,rounds", *session.posargs)
+
+
+def _run(session: nox.Session, *command: str) -> None:
+    session.run("uv", "run", "--frozen", *command, external=True)
+
+
+def _pytest(session: nox.Session, path: str, *arguments: str) -> None:
+    """Run pytest; a session in which nothing passed, since all was skipped, is skipped itself."""
+    results = RESULTS / f"{session.name}.xml"
+    results.unlink(missing_ok=True)
+    _run(session, "pytest", path, f"--junit-xml={results}", *arguments)
+    cases = ET.parse(results).findall(".//testcase")  # noqa: S314  # pytest wrote it
+    if all(case.find("skipped") is not None for case in cases):
+        session.skip(f"nothing here can run on this machine ({len(cases)} skipped)")

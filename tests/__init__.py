@@ -1,0 +1,1 @@
+"""Proofs and verdicts. `unit` needs nothing; `checks` needs real servers."""

@@ -1,0 +1,124 @@
+"""What the checks run against: each quant of compose.yaml, in each runtime, or an attached server.
+
+They start deployments of their own and leave the user's alone. What this machine cannot run is
+skipped by name, with the reason.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from stack import client, config, gpu, keys, runtime
+from stack.compose import NoEngineError
+from stack.config import Project, Service
+from stack.errors import StackError
+from stack.runtime import Runtime
+from stack.server import Server
+from tests import workspace
+
+RUNTIMES = ("docker", "native")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One quant in one runtime."""
+
+    runtime: str
+    quant: str
+
+    def __str__(self) -> str:
+        return f"{self.runtime}-{self.quant}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("target", "what to check")
+    group.addoption("--quant", action="append", help="a quant; may be repeated (all)")
+    group.addoption("--native", dest="runtime", action="store_const", const="native")
+    group.addoption("--docker", dest="runtime", action="store_const", const="docker")
+    group.addoption("--attach", metavar="URL", help="check a server that runs already")
+    group.addoption("--key-file", type=Path, help="the attached server's key")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.option
+    project = config.load(workspace.ROOT)
+    quants = option.quant or ([project.default] if option.attach else list(project.services))
+    runtimes = ["attached"] if option.attach else [option.runtime] if option.runtime else RUNTIMES
+    targets = [
+        Target(where, project.service(quant).quant) for quant in quants for where in runtimes
+    ]
+    metafunc.parametrize("target", targets, ids=str, scope="session")
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A deployment of our own, whose ports the platform chooses."""
+    folder = workspace.make(tmp_path_factory.mktemp("deployment"))
+    quants = config.load(folder).services
+    return config.load(folder, overrides={f"GLM_{quant.upper()}_PORT": "" for quant in quants})
+
+
+@pytest.fixture(scope="session")
+def service(project: Project, target: Target) -> Service:
+    """The target's service, if this machine can run it."""
+    service = project.service(target.quant)
+    if target.runtime != "attached":
+        _skip_unless_runnable(service)
+    return service
+
+
+def _skip_unless_runnable(service: Service) -> None:
+    try:
+        gpu.require(service)
+    except StackError as error:
+        pytest.skip(error.cause)
+    if service.model.repository and not service.model_file.exists():
+        pytest.skip(
+            f"{service.name}: {service.model_file.name} is not in {service.model_file.parent}"
+        )
+
+
+@pytest.fixture(scope="session")
+def engine(project: Project, target: Target, service: Service) -> Runtime:
+    """The target's runtime, with the engine built."""
+    if target.runtime == "attached":
+        pytest.skip("an attached server's engine is out of reach")
+    try:
+        chosen = runtime.choose(project, want=target.runtime)
+    except NoEngineError as error:
+        pytest.skip(error.cause)
+    if not chosen.built(service):
+        runtime.build(chosen, project, service)
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, target: Target, service: Service) -> Iterator[Server]:
+    """The target's server, up and generating."""
+    option = request.config.option
+    if target.runtime == "attached":
+        key = option.key_file.read_text().strip() if option.key_file else keys.read(service)
+        server = Server(runtime="attached", service=service, url=option.attach.rstrip("/"), key=key)
+        client.wait_ready(server)
+        yield server
+        return
+    chosen: Runtime = request.getfixturevalue("engine")
+    with runtime.serving(chosen, request.getfixturevalue("project"), service) as up:
+        _SERVERS[:] = [up.server]
+        yield up.server
+
+
+_SERVERS: list[Server] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Attach the servers' logs to a failing check."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"log of {each.service.name}", each.logs(50)) for each in _SERVERS]
+    return report

@@ -1,0 +1,67 @@
+"""The engine that was built is the one that was asked for."""
+
+import re
+
+import pytest
+import yaml
+
+from stack.compose import Docker
+from stack.config import Project, Service
+from stack.runtime import Runtime
+from tests.workspace import ROOT
+
+PROGRAMS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-fit-params")
+LOADER = "/lib64/ld-linux-x86-64.so.2"
+
+
+def image(engine: Runtime) -> Docker:
+    if not isinstance(engine, Docker):
+        pytest.skip("a native build has no image")
+    return engine
+
+
+def test_version_equals_the_pin(engine: Runtime, project: Project, service: Service) -> None:
+    says = engine.execute(service, engine.program(service, "llama-server"), "--version")
+
+    assert says.status == 0
+    assert f"build {project.engine.build}, commit {project.engine.commit}" in (
+        says.stdout + says.stderr
+    )
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_library_is_missing(engine: Runtime, service: Service, program: str) -> None:
+    found = engine.execute(service, LOADER, "--list", engine.program(service, program))
+
+    assert found.status == 0
+    assert "not found" not in found.stdout
+
+
+def test_engine_knows_every_setting_of_compose(engine: Runtime, service: Service) -> None:
+    says = engine.execute(service, engine.program(service, "llama-server"), "--help")
+
+    known = set(re.findall(r"LLAMA_ARG_\w+", says.stdout))
+    assert set(service.environment) <= known
+
+
+def test_image_does_not_run_as_root(engine: Runtime, service: Service) -> None:
+    user = image(engine).client.images.get(service.image).attrs["Config"]["User"]
+
+    assert user not in ("", "0", "root", "0:0")
+
+
+def test_labels_tell_the_build(engine: Runtime, project: Project, service: Service) -> None:
+    labels = image(engine).image_labels(service)
+
+    assert labels["org.opencontainers.image.revision"] == project.engine.commit
+    assert labels["glm.engine.build"] == str(project.engine.build)
+    assert labels["glm.engine.backend"] == service.backend
+    assert labels["glm.cuda.archs"] == service.build_args.get("CUDA_ARCH", "")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT.+Z", labels["org.opencontainers.image.created"])
+
+
+def test_the_commit_stands_twice_in_compose_and_is_the_same() -> None:
+    raw = yaml.safe_load((ROOT / "compose.yaml").read_text())
+
+    context = raw["x-server"]["build"]["additional_contexts"]["engine"]
+    assert context.endswith(f"#{raw['x-engine']['commit']}}}")

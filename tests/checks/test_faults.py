@@ -1,0 +1,379 @@
+"""Bad input and faults end in two lines, the right exit code, and nothing left over.
+
+Each test drives the command line in a deployment of its own, with real processes and containers.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from stack import client, config, engine, host, keys, runtime
+from stack.compose import Docker, NoEngineError
+from stack.config import Project, Service
+from stack.errors import Code, StackError
+from stack.runtime import Runtime
+from stack.server import Server
+from stack.wait import wait_until
+from tests import workspace
+
+# Python itself may end by the signal once more; a shell says 130 for both.
+INTERRUPTED = (130, -signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A folder where `invoke` runs, with the flag that chooses its runtime."""
+
+    folder: Path
+    flag: str
+
+    def start(self, *arguments: str, **env: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "invoke", *arguments],
+            cwd=self.folder,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def invoke(self, *arguments: str, **env: str) -> host.Result:
+        with self.start(*arguments, **env) as process:
+            out, err = process.communicate(timeout=300)
+            return host.Result(process.returncode, out, err)
+
+    def up(self, **env: str) -> host.Result:
+        return self.invoke("up", self.flag, **env)
+
+    @property
+    def project(self) -> Project:
+        return config.load(self.folder)
+
+    @property
+    def service(self) -> Service:
+        return self.project.service("tiny")
+
+    @property
+    def runtime(self) -> Runtime:
+        return runtime.choose(self.project, want=self.flag.removeprefix("--"))
+
+    def set(self, **settings: object) -> None:
+        env = self.folder / ".env"
+        kept = [line for line in env.read_text().splitlines() if line.split("=")[0] not in settings]
+        env.write_text("\n".join([*kept, *(f"{k}={v}" for k, v in settings.items())]) + "\n")
+
+    def start_server(self) -> Server:
+        key = keys.require(self.service, first_start=True)
+        return self.runtime.start(self.service, key=key)
+
+    def nothing_runs(self) -> bool:
+        return not runtime.servers_of(self.project, self.service)
+
+
+@pytest.fixture(params=["--docker", "--native"])
+def deployment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deployment]:
+    option = request.config.option
+    if option.attach or (option.runtime and request.param != f"--{option.runtime}"):
+        pytest.skip("not the runtime that was asked for")
+    folder = workspace.make(tmp_path, GLM_TINY_PORT=str(workspace.free_port()))
+    deployment = Deployment(folder, request.param)
+    try:
+        chosen = deployment.runtime
+    except NoEngineError as error:
+        pytest.skip(error.cause)
+    if not chosen.built(deployment.service):
+        runtime.build(chosen, deployment.project, deployment.service)
+    yield deployment
+    deployment.runtime.stop(deployment.service)
+
+
+def assert_refused(done: host.Result, code: Code, *words: str) -> None:
+    """Check for one line of cause, one of remedy, and no traceback."""
+    assert done.status == code, done
+    assert len(done.stderr.strip().splitlines()) == 2, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize("quant", ["q9", "", "../../x", "--foo"])
+def test_unknown_quant(deployment: Deployment, quant: str) -> None:
+    done = deployment.invoke("up", deployment.flag, f"--quant={quant}")
+
+    assert_refused(done, Code.USAGE, "q4, q8, tiny")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["GLM_GPU=", "GLM_GPU=0\nGLM_GPU=1", "GLM_COLOUR=red"],
+    ids=["blank", "twice", "unknown"],
+)
+def test_bad_setting(deployment: Deployment, line: str) -> None:
+    env = deployment.folder / ".env"
+    number = len(env.read_text().splitlines()) + len(line.splitlines())
+    env.write_text(env.read_text() + line)
+
+    assert_refused(deployment.up(), Code.USAGE, f".env, line {number}: ")
+    env.write_text("")
+
+
+def test_no_docker_engine(deployment: Deployment) -> None:
+    done = deployment.invoke("up", "--docker", DOCKER_HOST="unix:///nonexistent")
+
+    assert_refused(done, Code.HOST, "No Docker engine answers")
+
+
+def test_hanging_docker_engine(deployment: Deployment) -> None:
+    path = deployment.folder / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.bind(str(path))
+        deaf.listen()
+        start = time.monotonic()
+        done = deployment.invoke("up", DOCKER_HOST=f"unix://{path}")
+
+    assert_refused(done, Code.HOST, "hangs")
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+)
+def test_port_taken(deployment: Deployment, family: socket.AddressFamily, address: str) -> None:
+    with socket.socket(family) as taken:
+        taken.bind((address, deployment.service.port or 0))
+        taken.listen()
+        done = deployment.up()
+
+    assert_refused(done, Code.PORT, address, f"pid {os.getpid()}")
+    assert deployment.nothing_runs()
+
+
+def shorten(path: Path) -> None:
+    shutil.copy(workspace.ROOT / "models" / path.name, path)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda path: path.mkdir(), Code.LOAD),
+        (lambda path: path.touch(), Code.INTEGRITY),
+        (lambda path: path.write_text("<html>404</html>"), Code.INTEGRITY),
+        (shorten, Code.INTEGRITY),
+    ],
+    ids=["directory", "empty", "not-gguf", "truncated"],
+)
+def test_broken_model(deployment: Deployment, make: Callable[[Path], None], code: Code) -> None:
+    folder = deployment.folder / "broken"
+    folder.mkdir()
+    make(folder / deployment.service.model.path.name)
+    deployment.set(GLM_MODELS=folder)
+
+    assert_refused(deployment.up(), code, deployment.service.model.path.name)
+    assert deployment.nothing_runs()
+
+
+@pytest.mark.parametrize("content", [b"", b"key\r\n", b"key \n"], ids=["empty", "crlf", "blank"])
+def test_unusable_key(deployment: Deployment, content: bytes) -> None:
+    keys.make(deployment.service).write_bytes(content)
+
+    assert_refused(deployment.up(), Code.USAGE, "api-key")
+    assert deployment.nothing_runs()
+    deployment.service.key_file.unlink()
+
+
+def test_key_that_the_server_cannot_read(deployment: Deployment) -> None:
+    os.chown(keys.make(deployment.service), 12345, 12345)
+
+    assert_refused(deployment.up(), Code.USAGE, f"chown {deployment.service.uid}")
+
+
+def test_configured_key_that_is_missing(deployment: Deployment) -> None:
+    deployment.set(GLM_KEY_FILE=deployment.folder / "nowhere")
+
+    assert_refused(deployment.up(), Code.USAGE, "invoke key")
+
+
+def test_publishing_without_a_key(deployment: Deployment) -> None:
+    deployment.set(GLM_BIND="0.0.0.0")  # noqa: S104
+
+    assert_refused(deployment.up(), Code.USAGE, "0.0.0.0", "invoke key")  # noqa: S104
+
+
+def test_disk_too_small_for_a_stand_in(deployment: Deployment) -> None:
+    small = deployment.folder / "small"
+    small.mkdir()
+    if host.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", small]).status:
+        pytest.skip("this user may not mount a small file system")
+    try:
+        deployment.set(GLM_MODELS=small)
+        done = deployment.invoke("model", "--quant", "q4", "--stand-in")
+        left = list(small.iterdir())
+    finally:
+        host.run(["umount", small])
+
+    assert_refused(done, Code.DISK, "GB")
+    assert left == []
+
+
+def test_down_when_nothing_runs(deployment: Deployment) -> None:
+    assert deployment.invoke("down").status == 0
+
+
+def test_up_twice(deployment: Deployment) -> None:
+    assert deployment.up().status == 0
+    again = deployment.up()
+
+    assert again.status == 0
+    assert "was up already" in again.stdout
+
+
+def test_up_while_another_operation_is_at_work(deployment: Deployment) -> None:
+    with host.lock(deployment.project.state, verb="switch"):
+        done = deployment.up()
+
+    assert_refused(done, Code.BUSY, f"invoke switch, pid {os.getpid()}")
+
+
+def test_killed_while_it_loads(deployment: Deployment) -> None:
+    server = deployment.start_server()
+    os.kill(server.processes[0].pid, signal.SIGKILL)
+
+    with pytest.raises(StackError, match="while it loaded") as caught:
+        client.wait_ready(server)
+
+    assert caught.value.code == Code.LOAD
+    assert deployment.up().status == 0
+
+
+def test_stalled_load_is_given_up_by_its_silence(deployment: Deployment) -> None:
+    server = deployment.start_server()
+    os.kill(server.processes[0].pid, signal.SIGSTOP)
+
+    with pytest.raises(StackError, match="nothing moved") as caught:
+        client.wait_ready(server, stall_s=1)
+
+    assert caught.value.code == Code.STALLED
+    os.kill(server.processes[0].pid, signal.SIGCONT)
+
+
+def test_killed_while_it_streams(deployment: Deployment) -> None:
+    deployment.up()
+    server = runtime.running(deployment.project, "tiny")
+    stream = client.stream(server, "hello", tokens=8000)
+    next(stream)
+    os.kill(server.processes[0].pid, signal.SIGKILL)
+
+    with pytest.raises(StackError, match="no whole answer") as caught:
+        list(stream)
+
+    assert caught.value.code == Code.VERIFY
+    wait_until(lambda: truth(deployment), timeout_s=30, what="status does not tell of the crash")
+    assert deployment.up().status == 0
+
+
+def truth(deployment: Deployment) -> bool | None:
+    """Return True once status tells of the crash: a native server ended, Docker restarted it."""
+    (state,) = (state for state in runtime.states(deployment.project) if state.quant == "tiny")
+    told = state.state == "ended" or (state.state == "ready" and "restarted" in state.detail)
+    return told or None
+
+
+def locked_by(deployment: Deployment, pid: int) -> None:
+    """Wait until an operation of ours is at work."""
+    lock = deployment.project.state / "lock"
+    wait_until(
+        lambda: (lock.exists() and f"pid {pid}" in lock.read_text()) or None,
+        timeout_s=10,
+        what="the operation has not begun",
+    )
+
+
+def interrupt(process: "subprocess.Popen[str]", *, when: Callable[[], object]) -> host.Result:
+    """Press Ctrl-C on a process once `when` is true, and return how it ended."""
+    with process:
+        wait_until(
+            lambda: True if when() or process.poll() is not None else None,
+            timeout_s=120,
+            what="the moment to interrupt",
+        )
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        return host.Result(process.returncode, out, err)
+
+
+@pytest.mark.parametrize("delay_s", [0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.1, 1.5])
+def test_interrupted_up_leaves_nothing(deployment: Deployment, delay_s: float) -> None:
+    process = deployment.start("up", deployment.flag)
+    locked_by(deployment, process.pid)
+    moment = time.monotonic() + delay_s
+
+    done = interrupt(process, when=lambda: time.monotonic() > moment)
+
+    assert "Traceback" not in done.stderr
+    assert deployment.nothing_runs() == ("is up" not in done.stdout)
+    assert deployment.up().status == 0
+
+
+def test_interrupted_stand_in_leaves_nothing(deployment: Deployment) -> None:
+    models = deployment.folder / "new"
+    models.mkdir()
+    deployment.set(GLM_MODELS=models)
+    process = deployment.start("model", "--quant", "q4", "--stand-in")
+
+    done = interrupt(process, when=lambda: any(f.stat().st_size > 1e8 for f in models.iterdir()))
+
+    assert done.status in INTERRUPTED, done
+    assert list(models.iterdir()) == []
+
+
+def test_interrupted_build_leaves_the_old_engine(deployment: Deployment) -> None:
+    deployment.set(GLM_ENGINE_SOURCE=engine.source(deployment.project))
+    compose = deployment.folder / "compose.yaml"
+    text = compose.read_text()
+    compose.unlink()
+    compose.write_text(text.replace('"11312"', '"11313"'))
+    (deployment.folder / ".cache").unlink()
+    before = image_id(deployment)
+    process = deployment.start("build", deployment.flag)
+
+    done = interrupt(process, when=lambda: builds(deployment))
+
+    assert done.status in INTERRUPTED, done
+    wait_until(lambda: None if builds(deployment) else True, timeout_s=10, what="still building")
+    assert image_id(deployment) == before
+    assert deployment.flag == "--docker" or not deployment.runtime.built(deployment.service)
+
+
+def image_id(deployment: Deployment) -> str | None:
+    chosen = deployment.runtime
+    if not isinstance(chosen, Docker):
+        return None
+    image = chosen.client.images.get(deployment.service.image)
+    return image.id
+
+
+def builds(deployment: Deployment) -> bool:
+    """Return whether a CMake of this very build runs, in a container or not."""
+    mark = {"--docker": "LLAMA_BUILD_NUMBER=11313", "--native": f"--build\0{deployment.folder}"}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark[deployment.flag].encode() in path.read_bytes():
+                return True
+    return False
+
+
+def test_lock_of_a_killed_operation_is_free(deployment: Deployment) -> None:
+    with deployment.start("up", deployment.flag) as process:
+        locked_by(deployment, process.pid)
+        process.kill()
+
+    assert deployment.up().status == 0

@@ -1,0 +1,95 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from stack import config, keys
+from stack.config import Service
+from stack.errors import Code, StackError
+from tests import workspace
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return config.load(workspace.make(tmp_path)).service("tiny")
+
+
+def write(service: Service, content: bytes, mode: int = 0o644) -> None:
+    service.key_file.parent.mkdir()
+    service.key_file.write_bytes(content)
+    service.key_file.chmod(mode)
+
+
+def test_made_key_is_32_random_bytes_for_the_servers_user_alone(service: Service) -> None:
+    path = keys.make(service)
+
+    assert len(bytes.fromhex(keys.read(service))) == 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_uid == service.uid
+
+
+def test_made_key_is_kept(service: Service) -> None:
+    keys.make(service)
+    first = keys.read(service)
+
+    keys.make(service)
+
+    assert keys.read(service) == first
+
+
+def test_first_of_several_keys_is_ours(service: Service) -> None:
+    write(service, b"# rotated in May\nnew\nold\n")
+
+    assert keys.read(service) == "new"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no authentication"),
+        (b"\n\n", "no authentication"),
+        (b"# only a comment\n", "no authentication"),
+        (b"key\r\n", "carriage return"),
+        (b"key \n", "blank"),
+        (b"a key\n", "blank"),
+        (b"a,b\n", "comma"),
+        (b"good\nbad \n", "blank"),
+        ("schlüssel\n".encode(), "ASCII"),
+    ],
+)
+def test_unusable_key_is_refused(service: Service, content: bytes, reason: str) -> None:
+    write(service, content)
+
+    with pytest.raises(StackError, match=reason) as caught:
+        keys.read(service)
+
+    assert caught.value.code == Code.USAGE
+
+
+def test_missing_key_is_refused(service: Service) -> None:
+    with pytest.raises(StackError, match="No such file"):
+        keys.read(service)
+
+
+def test_key_that_the_server_cannot_read_is_refused_with_the_command(service: Service) -> None:
+    write(service, b"key\n", mode=0o600)
+    other = dataclasses.replace(service, uid=service.uid + 1)
+
+    with pytest.raises(StackError, match=f"chown {other.uid}"):
+        keys.read(other)
+
+
+def test_first_start_on_loopback_makes_a_key(service: Service) -> None:
+    assert keys.require(service, first_start=True) == keys.read(service)
+
+
+def test_publishing_without_a_key_is_refused(service: Service) -> None:
+    public = dataclasses.replace(service, bind="0.0.0.0")  # noqa: S104
+
+    with pytest.raises(StackError, match="invoke key"):
+        keys.require(public, first_start=True)
+
+
+def test_configured_key_file_that_is_missing_is_refused(service: Service) -> None:
+    with pytest.raises(StackError, match="no API key"):
+        keys.require(service, first_start=False)
