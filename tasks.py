@@ -130,7 +130,9 @@ def _tell_up(up: "Up") -> None:
         f"  speed    {up.first.decode_tokens_s:.0f} tokens/s, one client, {up.first.tokens} tokens"
     )
     option = f" --quant {service.quant}"
-    print(f"Next: invoke ask 'hello'{option} | invoke status | invoke down{option}")
+    print("Next:")
+    for command in (f"ask 'hello'{option}", "status", f"down{option}"):
+        print(f"  uv run invoke {command}")
 
 
 def _json(states: "tuple[State, ...]") -> str:

@@ -76,14 +76,16 @@ class Native:
             configure += self._cuda(service)
         if shutil.which("ccache"):
             configure += [f"-DCMAKE_{x}_COMPILER_LAUNCHER=ccache" for x in ("C", "CXX", "CUDA")]
-        toolchain = self._toolchain()
         # A clone in another folder shares the compiler cache.
         env = {**os.environ, "CCACHE_BASEDIR": str(self.project.cache), "CCACHE_NOHASHDIR": "1"}
-        env["PATH"] = f"{toolchain}:{env['PATH']}"
+        if not all(map(shutil.which, ("cmake", "ninja", "c++"))):
+            tools = self._toolchain()
+            env["PATH"] = f"{tools}:{env['PATH']}"
         if not shutil.which("c++"):
             _log.info("No C++ compiler here; building with Zig's, from PyPI.")
-            zig = ["-DCMAKE_C_COMPILER=zig;cc", "-DCMAKE_CXX_COMPILER=zig;c++", "-DGGML_OPENMP=OFF"]
-            configure += zig
+            roles = {"C_COMPILER": "cc", "CXX_COMPILER": "c++", "AR": "ar", "RANLIB": "ranlib"}
+            configure += [f"-DCMAKE_{role}={tools}/zig-{name}" for role, name in roles.items()]
+            configure += ["-DGGML_OPENMP=OFF"]  # Zig brings no OpenMP; the engine has threads
         log: list[str] = []
         steps: list[list[str | Path]] = [
             ["cmake", *configure],
@@ -129,7 +131,11 @@ class Native:
                 "Mend the network and try again.",
                 Code.BUILD,
             )
-        return environment / "bin"
+        tools = environment / "bin"
+        (zig,) = environment.glob("lib/*/site-packages/ziglang/zig")
+        for name in ("cc", "c++", "ar", "ranlib"):  # CMake wants each as one program
+            write_atomic(tools / f"zig-{name}", f'#!/bin/sh\nexec {zig} {name} "$@"\n', mode=0o755)
+        return tools
 
     def start(self, service: Service, *, key: str) -> Server:
         """Start the service's process with the settings of `compose.yaml`, paths translated.

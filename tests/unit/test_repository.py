@@ -1,0 +1,64 @@
+"""What the checked-in files promise one another."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.workspace import ROOT
+
+STACK = sorted((ROOT / "stack").glob("*.py"))
+SIBLINGS = {"compose", "native", "client", "gpu", "models", "engine"}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules of `stack` that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "stack":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stack."):
+            found.add(str(node.module).removeprefix("stack."))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(SIBLINGS))
+def test_siblings_do_not_import_one_another(name: str) -> None:
+    assert not imports(ROOT / "stack" / f"{name}.py") & SIBLINGS
+
+
+@pytest.mark.parametrize("path", STACK, ids=lambda path: path.stem)
+def test_library_does_not_print(path: Path) -> None:
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+
+    assert "print" not in {getattr(call.func, "id", "") for call in calls}
+
+
+def test_one_module_has_a_docker_command_line() -> None:
+    pattern = re.compile(r"""["']docker["'], """)
+
+    assert [path.stem for path in STACK if pattern.search(path.read_text())] == ["compose"]
+
+
+def test_one_module_starts_processes() -> None:
+    assert [path.stem for path in STACK if "import subprocess" in path.read_text()] == ["host"]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_tasks_and_sessions_that_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    tasks = set(re.findall(r"@task\ndef (\w+)", (ROOT / "tasks.py").read_text()))
+    sessions = set(re.findall(r"@nox\.session.*\ndef (\w+)", (ROOT / "noxfile.py").read_text()))
+
+    assert set(re.findall(r"invoke (?!-)(\w+)", text)) <= tasks
+    assert {
+        name for names in re.findall(r"nox -s ((?:\w+ ?)+)", text) for name in names.split()
+    } <= sessions
+
+
+def test_every_check_has_a_session() -> None:
+    noxfile = (ROOT / "noxfile.py").read_text()
+    checks = {path.name for path in (ROOT / "tests" / "checks").glob("test_*.py")}
+
+    assert checks == set(re.findall(r"tests/checks/(test_\w+\.py)", noxfile))
