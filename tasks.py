@@ -142,14 +142,14 @@ def _json(states: "tuple[State, ...]") -> str:
 def _table(states: "tuple[State, ...]") -> Any:
     from rich.table import Table
 
-    columns = ("quant", "runtime", "state", "URL", "model", "context", "slots", "engine")
+    columns = ("quant", "runtime", "state", "URL", "context", "slots", "engine", "model")
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column != "model")
     for each in states:
         numbers = (f"{each.context:,}", str(each.slots)) if each.context else ("", "")
         where = (each.quant, each.runtime, f"{each.state} {each.detail}".strip(), each.url)
-        table.add_row(*where, each.model, *numbers, each.engine.partition("-")[0])
+        table.add_row(*where, *numbers, each.engine.partition("-")[0], each.model)
     return table
 
 

@@ -66,7 +66,7 @@ class Docker:
         """Run `docker compose` on this project with exactly its settings.
 
         Raises:
-            StackError: see `_failure`.
+            StackError: see `failure`.
 
         """
         known = self.project.settings
@@ -84,7 +84,7 @@ class Docker:
             patience_s=patience_s,
         )
         if done.status:
-            raise _failure(arguments[0], done)
+            raise failure(arguments[0], done)
         return done
 
     def built(self, service: Service) -> bool:
@@ -289,7 +289,7 @@ _FAILURES = (
 )
 
 
-def _failure(verb: str, done: Result) -> StackError:
+def failure(verb: str, done: Result) -> StackError:
     """Turn a failed `docker compose` into a cause, a remedy and a code."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     reason = re.sub(r"^Error response from daemon: ", "", lines[-1]) if lines else "see above"

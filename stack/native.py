@@ -85,7 +85,9 @@ class Native:
             _log.info("No C++ compiler here; building with Zig's, from PyPI.")
             roles = {"C_COMPILER": "cc", "CXX_COMPILER": "c++", "AR": "ar", "RANLIB": "ranlib"}
             configure += [f"-DCMAKE_{role}={tools}/zig-{name}" for role, name in roles.items()]
-            configure += ["-DGGML_OPENMP=OFF"]  # Zig brings no OpenMP; the engine has threads
+            # Zig brings no OpenMP, and each shared library its own copy of the C++ library,
+            # between which the engine's strings would be freed by the wrong one.
+            configure += ["-DGGML_OPENMP=OFF", "-DBUILD_SHARED_LIBS=OFF"]
         log: list[str] = []
         steps: list[list[str | Path]] = [
             ["cmake", *configure],
