@@ -3,7 +3,7 @@ set -eu
 
 root=/out/root
 fail() {
-    echo "The image is wrong: $*." >&2
+    echo "The image is wrong: $*." | tr '\n' ' ' >&2
     exit 1
 }
 # Named as a command, the loader knows $ORIGIN without /proc.
@@ -16,7 +16,7 @@ if [ "$BACKEND" = cuda ]; then
     asked=$(sh /cuda-arch.sh)
     found=$(cuobjdump --list-elf "$root/app/libggml-cuda.so.0" | sed 's/.*\.\(sm_[^.]*\)\.cubin$/\1/' | sort -u | xargs)
     [ "$found" = "$asked" ] || fail "CUDA_ARCH asks for '$asked', libggml-cuda.so holds '$found'"
-    # The driver's library is the only one that may be missing; /tmp is not part of the image.
+    # The driver's library is the only one that the image may lack; /tmp is not part of it.
     cp /usr/local/cuda/lib/stubs/libcuda.so "$root/tmp/libcuda.so.1"
 fi
 
@@ -24,7 +24,8 @@ for program in probe llama-server llama-bench llama-batched-bench llama-fit-para
     load --list "/app/$program" > /dev/null || fail "$program misses a library"
 done
 
-version=$(load /app/llama-server --version 2>&1) || fail "llama-server does not start: $version"
+# All symbols at once, or a missing one would show when the first model is loaded.
+version=$(LD_BIND_NOW=1 load /app/llama-server --version 2>&1) || fail "llama-server does not start: $version"
 case $version in
     *"$ENGINE_BUILD"*"$ENGINE_COMMIT"*) ;;
     *) fail "$ENGINE_BUILD $ENGINE_COMMIT was asked for, llama-server is $version" ;;

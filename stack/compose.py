@@ -306,9 +306,11 @@ def _debootstrap(folder: Path) -> list[str | Path]:
     try:
         run(["debootstrap", "--version"])
     except StackError:
-        lists = f"Dir::State::Lists={folder}/lists"
-        run(["apt-get", "-o", lists, "update"])
-        run(["apt-get", "-o", lists, "download", "debootstrap"], cwd=folder)
+        (folder / "lists" / "partial").mkdir(parents=True)
+        # apt's own user may not enter our folder.
+        own = ["-o", f"Dir::State::Lists={folder}/lists", "-o", "APT::Sandbox::User=root"]
+        run(["apt-get", *own, "update"])
+        run(["apt-get", *own, "download", "debootstrap"], cwd=folder)
         for package in folder.glob("debootstrap_*.deb"):
             run(["dpkg-deb", "-x", package, folder])
         share = f"{folder}/usr/share/debootstrap"
