@@ -1,5 +1,6 @@
 """Prints a table of what the last runs of each check found: python -m tests.summary FOLDER."""
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,8 +21,8 @@ def outcome(case: ET.Element) -> str:
 
 def group(case: ET.Element) -> str:
     """Return the target of a case, `docker-tiny` of `test_x[docker-tiny-…]`, or nothing."""
-    parameters = case.get("name", "").partition("[")[2].rstrip("]").split("-")
-    return "-".join(parameters[:2]) if parameters[0] in ("docker", "native", "attached") else ""
+    found = re.search(r"\[((docker|native|attached)-\w+)", case.get("name", ""))
+    return found[1] if found else ""
 
 
 def reason(case: ET.Element) -> str:

@@ -80,7 +80,7 @@ class Deployment:
         return not runtime.servers_of(self.project, self.service)
 
 
-@pytest.fixture(params=["--docker", "--native"])
+@pytest.fixture(params=["--docker", "--native"], ids=["docker-tiny", "native-tiny"])
 def deployment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deployment]:
     option = request.config.option
     if option.attach or (option.runtime and request.param != f"--{option.runtime}"):
