@@ -83,12 +83,14 @@ def _from_archive(project: Project, part: Path) -> Path:
     inside = re.compile(rf"[^/]+/vendor/llama\.cpp/(({'|'.join(map(re.escape, _PARTS))})(/.*)?)")
     with tarfile.open(archives[0]) as archive:
         for member in archive:
-            if match := inside.fullmatch(member.name):
-                member.name = match[1]
-                archive.extract(member, tree, filter="data")
-            elif member.name.endswith("/.git/modules/vendor/llama.cpp/HEAD"):
-                content = archive.extractfile(member)
-                commit = content.read().decode().strip() if content else ""
+            content = archive.extractfile(member) if member.isfile() else None
+            match = inside.fullmatch(member.name)
+            if content and match and ".." not in match[1]:
+                target = tree / match[1]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content.read())  # extract(filter=) is not in Debian 12's Python
+            elif content and member.name.endswith("/.git/modules/vendor/llama.cpp/HEAD"):
+                commit = content.read().decode().strip()
     if commit != project.engine.commit:
         raise StackError(
             f"{archives[0].name} holds llama.cpp {commit[:12]}, not {project.engine.commit[:12]}.",
