@@ -4,7 +4,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,8 @@ _BY_CODE = {kind.code: kind for kind in TYPES.values()}
 class Header:
     """A header; ``keys`` holds every scalar, and of an array its length.
 
-    ``size_bytes`` is where the last tensor ends: the least size of an undamaged file.
+    ``size_bytes`` is where the last tensor ends: the least size of an undamaged file. ``tensors``
+    gives the bytes of each, without padding.
     """
 
     architecture: str
@@ -58,6 +59,7 @@ class Header:
     keys: Mapping[str, int | float | bool | str]
     tensor_count: int
     size_bytes: int
+    tensors: Mapping[str, int] = field(repr=False)
 
 
 class _Cursor:
@@ -109,7 +111,8 @@ def _scalar(kind: int) -> str:
     return SCALARS[kind]
 
 
-def _parse(data: bytes) -> Header:
+def parse(data: bytes) -> Header:
+    """Parse a file's first bytes; raises EOFError(bytes needed) or ValueError."""
     if not data.startswith(b"GGUF"):
         raise ValueError(_foreign(data[:512].lstrip()))
     cursor = _Cursor(data)
@@ -117,19 +120,21 @@ def _parse(data: bytes) -> Header:
         raise ValueError(f"GGUF version {version}, where {VERSIONS} are supported")
     tensor_count, key_count = cursor.count("Q", MAX_ENTRIES), cursor.count("Q", MAX_ENTRIES)
     keys = {cursor.string(): cursor.value() for _ in range(key_count)}
-    end = 0
+    end, tensors = 0, {}
     for _ in range(tensor_count):
         name = cursor.string()
         shape = [cursor.take("Q") for _ in range(cursor.count("I", MAX_DIMENSIONS))]
         kind, offset, elements = _BY_CODE.get(cursor.take("I")), cursor.take("Q"), math.prod(shape)
         if not kind or not shape or shape[0] % kind.block_elements or elements > MAX_ELEMENTS:
             raise ValueError(f"tensor {name[:64]!r} of shape {shape} and type {kind}")
-        end = max(end, offset + elements // kind.block_elements * kind.block_bytes)
+        tensors[name] = elements // kind.block_elements * kind.block_bytes
+        end = max(end, offset + tensors[name])
     architecture, alignment = keys.get("general.architecture"), keys.get("general.alignment", 32)
     if not isinstance(architecture, str) or not isinstance(alignment, int) or alignment < 1:
         raise ValueError("no architecture, or an alignment that is none")
     size_bytes = cursor.at + (end and -cursor.at % alignment + end)
-    return Header(architecture, str(keys.get("general.name", "")), keys, tensor_count, size_bytes)
+    name = str(keys.get("general.name", ""))
+    return Header(architecture, name, keys, tensor_count, size_bytes, tensors)
 
 
 def _foreign(start: bytes) -> str:
@@ -154,7 +159,7 @@ def read(path: Path) -> Header:
             raise StackError(f"{path}: {what}", "fetch or make the model first", Code.LOAD)
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
-            header = _parse(file.read(MAX_HEADER_BYTES))
+            header = parse(file.read(MAX_HEADER_BYTES))
         if size_bytes < header.size_bytes:
             raise EOFError(header.size_bytes)
     except OSError as error:

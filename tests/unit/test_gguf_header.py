@@ -110,6 +110,7 @@ def test_version_2_reads_as_version_3(tiny: Path, path: Path) -> None:
 def test_keys_and_tensors_are_those_gguf_reads(tiny: Path) -> None:
     theirs, ours = gguf.GGUFReader(tiny), read(tiny)
     assert ours.tensor_count == len(theirs.tensors)
+    assert ours.tensors == {tensor.name: tensor.n_bytes for tensor in theirs.tensors}
     assert ours.keys == {
         name: len(field.data) if gguf.GGUFValueType.ARRAY in field.types else field.contents()
         for name, field in theirs.fields.items()
