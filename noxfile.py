@@ -56,6 +56,12 @@ def network(session: nox.Session) -> None:
 
 
 @nox.session
+def vram(session: nox.Session) -> None:
+    """Measure GPU memory from start to stop, and hold it against plan and budget."""
+    _pytest(session, "tests/checks/test_vram.py", *session.posargs)
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Check that bad input and faults end in one line, the right code, and nothing left over."""
     _pytest(session, "tests/checks/test_faults.py", *session.posargs)

@@ -17,16 +17,27 @@ from invoke.tasks import task as invoke_task
 
 if TYPE_CHECKING:
     from stack.config import Project, Service
+    from stack.fit import Planned
     from stack.runtime import Progress, Runtime, State, Up
 
 ROOT = Path(__file__).parent
 INTERRUPTED = 130
+LEDGER = {
+    "weights_mib": "weights",
+    "cache_mib": "cache",
+    "compute_mib": "compute buffer",
+    "runtime_mib": "CUDA's own",
+    "total_mib": "needed",
+}
 HELP = {
+    "arch": "CUDA architectures to compile for, as CMake names them: 120a-real;90a-real, or host",
+    "context": "tokens of context, in place of GLM_CONTEXT",
     "docker": "insist on Docker",
     "follow": "keep showing new lines until Ctrl-C",
     "json": "print JSON",
     "message": "the question",
     "native": "run the engine as a plain process",
+    "slots": "requests at the same time, in place of GLM_SLOTS",
     "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
     "stand-in": "use random weights of the model's full shape, made here, instead of its file",
     "tokens": "the most tokens to answer with",
@@ -71,7 +82,12 @@ class Acting:
 
 @contextlib.contextmanager
 def _acting(
-    verb: str, *, native: bool = False, docker: bool = False, stand_in: bool = False
+    verb: str,
+    *,
+    native: bool = False,
+    docker: bool = False,
+    stand_in: bool = False,
+    **settings: str,
 ) -> Iterator[Acting]:
     from stack import host, runtime
     from stack.errors import Code, StackError
@@ -79,37 +95,50 @@ def _acting(
     if native and docker:
         raise StackError("--native and --docker exclude each other.", "Give one.", Code.USAGE)
     want = "native" if native else "docker" if docker else None
-    project = _project(stand_in=stand_in)
+    project = _project(stand_in=stand_in, **settings)
     with host.lock(project.state, verb=verb), _bars() as progress:
         yield Acting(project, runtime.choose(project, want=want, progress=progress), progress)
 
 
 @contextlib.contextmanager
 def _bars() -> "Iterator[Progress]":
-    """Yield a callback that draws a bar on standard error for each thing it hears of."""
+    """Yield a callback that draws a bar on standard error for each thing it hears of.
+
+    Where that is no terminal, a line at each tenth does instead.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
+    console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
         rows: dict[str, Any] = {}
+        tenths: dict[str, int] = {}
 
         @functools.cache
         def bars() -> Progress:
-            return stack.enter_context(Progress(console=Console(stderr=True)))
+            return stack.enter_context(Progress(console=console))
 
         def show(what: str, done: int, total: int) -> None:
-            if what not in rows:
-                rows[what] = bars().add_task(what)
-            bars().update(rows[what], completed=done, total=total)
+            if console.is_terminal:
+                if what not in rows:
+                    rows[what] = bars().add_task(what)
+                bars().update(rows[what], completed=done, total=total)
+            elif (tenth := 10 * done // total) > tenths.get(what, 0):
+                tenths[what] = tenth
+                console.print(f"{what}: {tenth}0 %", highlight=False)
 
         yield show
 
 
-def _project(*, stand_in: bool = False) -> "Project":
+def _project(*, stand_in: bool = False, **settings: str) -> "Project":
+    """Read the project; settings of the command line, unless empty, win over .env."""
     from stack import config
 
-    project = config.load(ROOT)
-    return config.load(ROOT, overrides=config.stand_ins(project)) if stand_in else project
+    given = {name: value for name, value in settings.items() if value}
+    project = config.load(ROOT, given=given)
+    if stand_in:
+        return config.load(ROOT, given=given, overrides=config.stand_ins(project))
+    return project
 
 
 def _services(project: "Project", quant: list[str]) -> "list[Service]":
@@ -135,8 +164,35 @@ def _tell_up(up: "Up") -> None:
         print(f"  uv run invoke {command}")
 
 
-def _json(states: "tuple[State, ...]") -> str:
-    return json.dumps([asdict(state) for state in states], indent=1)
+def _json(values: list[dict[str, Any]]) -> str:
+    return json.dumps(values, indent=1)
+
+
+def _plain(each: "Planned") -> dict[str, Any]:
+    return {
+        "quant": each.ledger.service.quant,
+        "model": each.file,
+        **{name: getattr(each.ledger, name) for name in LEDGER},
+        "sources": dict(each.ledger.sources),
+        "free_mib": each.free_mib,
+        "largest_context": each.largest_context,
+    }
+
+
+def _ledger(planned: "tuple[Planned, ...]") -> Any:
+    from rich.table import Table
+
+    columns = ("MiB", *(each.ledger.service.quant for each in planned))
+    table = Table(*columns, box=None, pad_edge=False)
+    for name, label in LEDGER.items():
+        figures = (f"{getattr(each.ledger, name):,}" for each in planned)
+        source = planned[0].ledger.sources.get(name, "") if planned else ""
+        table.add_row(f"{label}{source and f' ({source})'}", *figures)
+    table.add_row("free now", *(f"{p.free_mib:,}" if p.free_mib else "no GPU" for p in planned))
+    most = (f"{p.largest_context:,}" if p.largest_context else "" for p in planned)
+    table.add_row("largest context", *most)
+    table.add_row("model", *(each.file for each in planned))
+    return table
 
 
 def _table(states: "tuple[State, ...]") -> Any:
@@ -154,14 +210,41 @@ def _table(states: "tuple[State, ...]") -> Any:
 
 
 @task
-def build(_: Context, quant: list[str], native: bool = False, docker: bool = False) -> None:
+def build(
+    _: Context, quant: list[str], native: bool = False, docker: bool = False, arch: str = ""
+) -> None:
     """Build the engine, as an image or natively."""
-    from stack import runtime
+    from stack import gpu, runtime
 
-    with _acting("build", native=native, docker=docker) as act:
+    arch = gpu.architectures() if arch == "host" else arch
+    with _acting("build", native=native, docker=docker, GLM_CUDA_ARCH=arch) as act:
         for service in _services(act.project, quant):
             runtime.build(act.runtime, act.project, service)
             print(f"{service.backend} engine b{act.project.engine.build} is built.")
+
+
+@task
+def plan(
+    _: Context,
+    quant: list[str],
+    context: str = "",
+    slots: str = "",
+    stand_in: bool = False,
+    json: bool = False,
+) -> None:
+    """Show what quants will take of the GPU, against what is free now."""
+    from rich.console import Console
+
+    from stack import fit
+
+    project = _project(stand_in=stand_in, GLM_CONTEXT=context, GLM_SLOTS=slots)
+    services = [each for each in _services(project, quant or list(project.services)) if each.gpus]
+    planned = fit.plans(services)
+    if json:
+        print(_json([_plain(each) for each in planned]))
+    else:
+        Console().print(_ledger(planned))
+    fit.check_together(planned)
 
 
 @task
@@ -228,7 +311,7 @@ def status(_: Context, json: bool = False) -> None:
 
     states = runtime.states(_project())
     if json:
-        print(_json(states))
+        print(_json([asdict(each) for each in states]))
     else:
         Console().print(_table(states))
 

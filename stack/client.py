@@ -105,9 +105,15 @@ def evidence(server: Server) -> str:
 
 
 def complete(
-    server: Server, prompt: str, *, tokens: int = 16, seed: int = 0, temperature: float = 0
+    server: Server,
+    prompt: str | list[int],
+    *,
+    tokens: int = 16,
+    seed: int = 0,
+    temperature: float = 0,
+    limit_s: float = _GENERATE_LIMIT_S,
 ) -> Completion:
-    """Ask for exactly `tokens` tokens after `prompt`, past any end of turn.
+    """Ask for exactly `tokens` tokens after `prompt` (text or token ids), past any end of turn.
 
     Raises:
         StackError: VERIFY when the server fails to give them.
@@ -122,7 +128,7 @@ def complete(
         "cache_prompt": False,
     }
     try:
-        with session(server, timeout_s=_GENERATE_LIMIT_S) as client:
+        with session(server, timeout_s=limit_s) as client:
             answer = client.post("/completion", json=body)
         answer.raise_for_status()
         return _completion(answer.json()["content"], answer.json()["timings"], "length")

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 import re
+import socket
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from docker.models.containers import Container
 
 _log = logging.getLogger(__name__)
+_SOCKET = "unix:///var/run/docker.sock"
 _ANSWER_LIMIT_S = 8
 _UP_LIMIT_S = 30
 _BOOTSTRAPPED = "glm-base:trixie"
@@ -53,8 +55,9 @@ class Docker:
         import docker  # noqa: PLC0415  # 0.1 s that a native run does not need
 
         try:
+            _knock()
             client = docker.from_env(timeout=_ANSWER_LIMIT_S)
-        except docker.errors.DockerException as error:
+        except (OSError, docker.errors.DockerException) as error:
             raise _no_answer(repr(error)) from error
         return client
 
@@ -254,8 +257,17 @@ def _ended(container: "Container", restarts: int) -> str | None:
     return f"ended (exit {state['ExitCode']}) {state['Error']}".strip()
 
 
+def _knock() -> None:
+    """Connect to the engine's socket, since the SDK leaks one that does not. Raises OSError."""
+    where = os.environ.get("DOCKER_HOST", _SOCKET)
+    if where.startswith("unix://"):
+        with socket.socket(socket.AF_UNIX) as door:
+            door.settimeout(_ANSWER_LIMIT_S)
+            door.connect(where.removeprefix("unix://"))
+
+
 def _no_answer(evidence: str) -> StackError:
-    where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    where = os.environ.get("DOCKER_HOST", _SOCKET)
     if "PermissionError" in evidence:
         return StackError(
             f"This user may not talk to the Docker engine at {where}.",

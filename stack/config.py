@@ -145,11 +145,13 @@ class Project:
         return (self.root / ".cache").resolve()  # a build folder must not be known by two names
 
 
-def load(root: Path, *, overrides: Settings | None = None) -> Project:
+def load(
+    root: Path, *, given: Settings | None = None, overrides: Settings | None = None
+) -> Project:
     """Read `root`'s compose.yaml with its .env.
 
-    `overrides` win over .env and may be empty, which a user's settings may not (an empty port is an
-    ephemeral one).
+    `given`, of a command line, win over .env. `overrides`, our own, win over both and may be empty,
+    which a user's settings may not (an empty port is an ephemeral one).
 
     Raises:
         StackError: USAGE, with the line, for a setting or a file that cannot be taken.
@@ -166,15 +168,18 @@ def load(root: Path, *, overrides: Settings | None = None) -> Project:
     known = {match["name"] for match in VARIABLE.finditer(text)} - {None, *INTERNAL}
     exported = {key: value for key, value in os.environ.items() if key in known and value}
     in_file = read_env(root / ".env", known=known)
-    for key, value in exported.items():
-        try:
-            check_setting(key, value, known=known)
-        except ValueError as error:
-            raise _unusable("The environment", error) from error
-        if in_file.get(key, value) != value:
+    for where, values in (("The environment", exported), ("The command line", given or {})):
+        for key, value in values.items():
+            try:
+                check_setting(key, value, known=known)
+            except ValueError as error:
+                raise _unusable(where, error) from error
+    for key in exported.keys() & in_file.keys():
+        if exported[key] != in_file[key]:
             _log.warning("%s is exported, but .env wins: %s=%s.", key, key, in_file[key])
-    computed = {"GLM_UID": str(os.getuid() or _CONTAINER_UID)}
-    settings = {**computed, **exported, **in_file, **(overrides or {})}
+    settings = {"GLM_UID": str(os.getuid() or _CONTAINER_UID)}
+    for layer in (exported, in_file, given, overrides):
+        settings.update(layer or {})
     return project(root, interpolate(raw, settings), settings=settings)
 
 

@@ -11,42 +11,43 @@ from typing import TYPE_CHECKING, Any, Self
 from stack.errors import Code, StackError
 
 if TYPE_CHECKING:
-    from stack.config import Service  # reads YAML, which takes longer to import than all this
+    from stack.config import Service  # imports YAML, which takes longer than all this
 
-# The lowest driver branch by CUDA's major version: CUDA Compatibility, minor version table.
-_DRIVERS = {11: 450, 12: 525, 13: 580}
-_NOT_AVAILABLE = (2**32 - 1, 2**64 - 1)  # NVML_VALUE_NOT_AVAILABLE_uint, _ulonglong
-_PATIENCE_S = 30  # a driver without persistence mode takes seconds to wake a GPU, a lost one hangs
-_SLOWED = {  # the nvmlClocksEventReason… that cost performance and that nobody chose
-    "SwPowerCap": "sw power cap",
-    "HwSlowdown": "hw slowdown",
-    "SwThermalSlowdown": "sw thermal slowdown",
-    "HwThermalSlowdown": "hw thermal slowdown",
-    "HwPowerBrakeSlowdown": "hw power brake",
+_PATIENCE_S = 30  # waking a GPU takes seconds without persistence mode; a lost one may never answer
+_MODES = {2: "prohibited", 3: "exclusive-process"}  # of nvmlComputeMode_t; 0 is the default
+_SLOWED = {  # idleness and clocks that somebody set are not in it
+    "sw power cap": "nvmlClocksEventReasonSwPowerCap",
+    "hw slowdown": "nvmlClocksEventReasonHwSlowdown",
+    "sw thermal slowdown": "nvmlClocksEventReasonSwThermalSlowdown",
+    "hw thermal slowdown": "nvmlClocksEventReasonHwThermalSlowdown",
+    "hw power brake": "nvmlClocksEventReasonHwPowerBrakeSlowdown",
 }
+_unfit = partial(StackError, code=Code.HOST)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The moving figures of one GPU, of all its users. `time_s` is on `time.monotonic`'s clock."""
+    """The moving figures of a GPU at `time_s` of `time.monotonic`; used is total less free."""
 
     time_s: float
     total_mib: int | None
     free_mib: int | None
     used_mib: int | None
-    """Total less free: what the driver keeps for itself is in it."""
     utilisation_percent: int | None
     sm_mhz: int | None
     memory_mhz: int | None
     power_w: float | None
     temperature_c: int | None
     throttle: tuple[str, ...] | None
-    """What slows the clocks: power and heat, not idleness nor clocks that somebody set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu(Reading):
-    """One GPU. `architecture` is as CMake names it, for native code only: `120a-real`."""
+    """One GPU. `architecture` is as CMake names it, for native code only: `120a-real`.
+
+    `cuda` is the driver's version, not a toolkit's. `mode` limits who can use it: `MIG`,
+    `prohibited` or `exclusive-process`. `pids`, the host's, have compute contexts where we see any.
+    """
 
     index: int
     uuid: str
@@ -54,17 +55,8 @@ class Gpu(Reading):
     architecture: str
     driver: str | None
     cuda: str | None
-    """The version of the driver, not of a toolkit: `13.0`."""
-    mig: bool | None
-    compute_mode: str | None
-    """`default`, `exclusive-process` or `prohibited`."""
+    mode: str | None
     pids: tuple[int, ...]
-    """Processes that hold compute contexts, as the host sees them; empty where that is hidden."""
-
-    def __str__(self) -> str:
-        """Name it for a user to choose from."""
-        free = "" if self.free_mib is None else f" ({self.free_mib:,} MiB free)"
-        return f"{self.index} {self.name} {self.uuid}{free}"
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -72,18 +64,31 @@ def gpus() -> tuple[Gpu, ...]:
     return _survey()[0]
 
 
+def architectures() -> str:
+    """Return what to compile for, so that every GPU of this machine has native code.
+
+    Raises:
+        StackError: HOST, where there is none.
+
+    """
+    here, listed = _survey()
+    if not here:
+        cause = f"There is no GPU to compile for: this machine has {listed}."
+        raise _unfit(cause, "Name the architecture, as --arch 120a-real.")
+    return ";".join(sorted({each.architecture for each in here}))
+
+
 def lost(gpu: str) -> str | None:
-    """Say why a GPU that was here, by index or UUID, no longer answers; None while it does."""
-    here, silent = _survey()
-    if any(gpu in (str(each.index), each.uuid) for each in here):
-        return None
-    return f"GPU {gpu} was lost: {'; '.join(silent) or 'the driver does not list it'}."
+    """Say why a GPU that was here, by index or UUID, is gone; None while it answers."""
+    here, listed = _survey()
+    known = any(gpu in (str(each.index), each.uuid) for each in here)
+    return None if known else f"GPU {gpu} was lost: this machine has {listed}."
 
 
 def used_by(pids: Collection[int], uuid: str) -> int | None:
-    """Return the MiB that exactly these processes hold on a GPU.
+    """Return the MiB of a GPU that exactly these processes hold.
 
-    None where the driver hides it (WSL, other pid namespaces), or lists none of them there.
+    None where the driver hides it (WSL, other pid namespaces) or lists none of them.
 
     Raises:
         StackError: HOST, where the GPU was lost.
@@ -91,81 +96,60 @@ def used_by(pids: Collection[int], uuid: str) -> int | None:
     """
     with _opened(uuid) as (nvml, handle):
         listed = _ask(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or ()
-    # Every context takes memory: a 0, seen in containers, means that the figure is hidden.
+    # Every context takes memory: the 0 that some containers see is a hidden figure.
     held = [process.usedGpuMemory for process in listed if process.pid in pids]
     return sum(held) >> 20 if held and all(held) else None
 
 
 def driver_for(cuda: str) -> int:
-    """Return the lowest driver branch that runs what a CUDA toolkit, say 13.0, builds."""
-    return max(low for major, low in _DRIVERS.items() if major <= int(cuda.partition(".")[0]))
+    """Return the lowest driver branch for a CUDA toolkit (CUDA Compatibility, minor versions)."""
+    return {11: 450, 12: 525, 13: 580}[int(cuda.partition(".")[0])]
 
 
-def require(
-    service: "Service", *, chosen: bool = True, toolkit: str | None = None
-) -> tuple[Gpu, ...]:
-    """Return the GPUs that a service asks for, and make sure that they can serve it.
+def require(service: "Service", *, chosen: bool = True, toolkit: str = "") -> tuple[Gpu, ...]:
+    """Return the GPUs that a service asks for, able to serve it.
 
-    `chosen`: whether a user named them, which a machine with several GPUs takes. `toolkit`: the
-    CUDA version of the engine's build, if the driver must suit it.
+    `chosen`: a user named them, as several GPUs call for. `toolkit`: the CUDA version, say 13.0,
+    of an engine that the driver must suit.
 
     Raises:
         StackError: HOST, with what is there.
 
     """
-    if not service.gpus:
-        return ()
-    here, silent = _survey()
-    listed = ", ".join([*map(str, here), *silent]) or "no NVIDIA GPU"
-    by_name = {name: gpu for gpu in here for name in (str(gpu.index), gpu.uuid)}
+    here, listed = _survey() if service.gpus else ((), "")
     choose = "Choose one with GLM_GPU in .env, by index or UUID."
     if len(here) > 1 and not chosen:
-        cause = f"{service.name} runs on one GPU, and none is chosen; this machine has {listed}."
-        raise StackError(cause, choose, Code.HOST)
+        raise _unfit(f"{service.name} needs a choice of GPU; this machine has {listed}.", choose)
+    by_name = {name: gpu for gpu in here for name in (str(gpu.index), gpu.uuid)}
     for wanted in service.gpus:
-        if wanted not in by_name:
+        if not (gpu := by_name.get(wanted)):
             mend = choose if here else "Install NVIDIA's driver, or reboot if it is installed."
-            raise StackError(
-                f"{service.name} needs GPU {wanted}; this machine has {listed}.",
-                f"{mend} `invoke up --quant tiny` needs none.",
-                Code.HOST,
-            )
-        _check(by_name[wanted], toolkit)
+            cause = f"{service.name} needs GPU {wanted}; this machine has {listed}."
+            raise _unfit(cause, f"{mend} `invoke up --quant tiny` needs none.")
+        if toolkit and gpu.driver and int(gpu.driver.partition(".")[0]) < driver_for(toolkit):
+            needs = f"< {driver_for(toolkit)} required by CUDA {toolkit}"
+            raise _unfit(f"NVIDIA's driver {gpu.driver} {needs}.", "Update it and reboot.")
+        if gpu.mode and (gpu.pids or gpu.mode != "exclusive-process"):
+            switch = "-mig 0" if gpu.mode == "MIG" else "-c DEFAULT"
+            held = f", held by process {gpu.pids[0]}" if gpu.pids else ""
+            cause = f"GPU {wanted} is in {gpu.mode} mode{held}."
+            raise _unfit(cause, f"Run `sudo nvidia-smi -i {wanted} {switch}`.")
     return tuple(by_name[wanted] for wanted in service.gpus)
 
 
-def _check(gpu: Gpu, toolkit: str | None) -> None:
-    branch = (gpu.driver or "").partition(".")[0]
-    if toolkit and branch.isdecimal() and int(branch) < (low := driver_for(toolkit)):
-        cause = f"NVIDIA's driver {gpu.driver} < {low} required by CUDA {toolkit}."
-        raise StackError(cause, f"Install driver {low} or later and reboot.", Code.HOST)
-    taken = gpu.compute_mode == "exclusive-process" and gpu.pids
-    if gpu.mig or taken or gpu.compute_mode == "prohibited":
-        mode = "MIG enabled" if gpu.mig else f"compute mode {gpu.compute_mode}"
-        raise StackError(
-            f"GPU {gpu} has {mode}{f' and is held by pid {gpu.pids[0]}' if taken else ''}.",
-            f"`sudo nvidia-smi -i {gpu.index} {'-mig 0' if gpu.mig else '-c DEFAULT'}` ends that.",
-            Code.HOST,
-        )
-
-
 class Sampler:
-    """Samples one GPU in a thread while its block runs: first just before it, last just after.
+    """Samples one GPU in a thread, from just before its block to just after.
 
-    `readings` keep to a schedule counted from `start_s`; one that takes long costs only those due
-    meanwhile. `start_s` and `end_s`, the first's and the last's time, are on `time.monotonic`'s.
-
-    Raises:
-        StackError: HOST, on entering or leaving the block, where the GPU was lost.
-
+    `readings` keep to a schedule counted from `start_s`; a slow one costs only those due meanwhile.
+    A lost GPU raises StackError, HOST, where the block begins or ends.
     """
 
     def __init__(self, uuid: str, *, hertz: float = 20) -> None:
         """Ask nothing of the driver yet."""
-        self._uuid, self._period_s = uuid, 1 / hertz
         self.readings: tuple[Reading, ...] = ()
         self.start_s = self.end_s = 0.0
-        self._failure: StackError | None = None
+        self._uuid, self._period_s = uuid, 1 / hertz
+        self._failure: StackError | None = _gone(uuid, "NVML does not answer")
         self._begun, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -177,17 +161,16 @@ class Sampler:
     def __enter__(self) -> Self:
         """Wait for the first reading."""
         self._thread.start()
-        if not self._begun.wait(_PATIENCE_S) or self._failure:
+        self._begun.wait(_PATIENCE_S)
+        if self._failure and not self.readings:
             self._ending.set()
-            raise self._failure or _gone(self._uuid, "NVML does not answer")
+            raise self._failure
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for the last reading; an interrupt is not replaced by a failure to get it."""
+        """Wait for the last reading; no failure to get it replaces an interrupt."""
         self._ending.set()
         self._thread.join(_PATIENCE_S)
-        if self._thread.is_alive():
-            self._failure = _gone(self._uuid, "NVML does not answer")
         if self._failure and (kind is None or issubclass(kind, Exception)):
             raise self._failure
 
@@ -200,88 +183,56 @@ class Sampler:
                     self.readings += (_read(nvml, handle),)
                     self.start_s, self.end_s = (self.readings[i].time_s for i in (0, -1))
                     self._begun.set()
-                    now_s = time.monotonic()
-                    self._ending.wait(_due(self.start_s, now_s, self._period_s) - now_s)
+                    late_s = (time.monotonic() - self.start_s) % self._period_s
+                    self._ending.wait(self._period_s - late_s)
+            self._failure = None
         except StackError as error:
             self._failure = error
         finally:
             self._begun.set()
 
 
-def _due(start_s: float, now_s: float, period_s: float) -> float:
-    """Return the next time after `now_s` on the schedule."""
-    return start_s + (int((now_s - start_s) / period_s) + 1) * period_s
-
-
 def _gone(uuid: str, why: object) -> StackError:
-    remedy = "`sudo dmesg | grep -i xid` says more; reset the GPU or reboot."
-    return StackError(f"GPU {uuid} was lost: {why}.", remedy, Code.HOST)
-
-
-@contextlib.contextmanager
-def _nvml() -> Iterator[Any]:
-    import pynvml  # noqa: PLC0415  # most calls on machines without a GPU never need it
-
-    pynvml.nvmlInit()
-    try:
-        yield pynvml
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):  # else it would hide how a GPU was lost
-            pynvml.nvmlShutdown()
+    return _unfit(f"GPU {uuid} was lost: {why}.", "See `sudo dmesg | grep Xid`; reset or reboot.")
 
 
 @contextlib.contextmanager
 def _opened(uuid: str) -> Iterator[tuple[Any, Any]]:
-    import pynvml  # noqa: PLC0415
+    """Yield NVML and the GPU's handle, or None for a handle where no GPU is named."""
+    import pynvml  # noqa: PLC0415  # most calls on machines without a GPU never need it
 
     try:
-        with _nvml() as nvml:
-            yield nvml, _handle(nvml, uuid)
+        pynvml.nvmlInit()
+        try:
+            yield pynvml, uuid and pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        finally:
+            pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         raise _gone(uuid, error) from error
 
 
-def _handle(nvml: Any, uuid: str) -> Any:
-    """Find a GPU by index, since NVML's search by UUID may fail where any other one is lost."""
-    trouble = nvml.NVMLError(nvml.NVML_ERROR_NOT_FOUND)
-    for index in range(nvml.nvmlDeviceGetCount()):
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            if nvml.nvmlDeviceGetUUID(handle) == uuid:
-                return handle
-        except nvml.NVMLError as error:
-            trouble = error
-    raise trouble
-
-
-def _survey() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-    """Return the GPUs that answer, and words for what does not."""
-    import pynvml  # noqa: PLC0415
-
-    here, silent = [], []
+def _survey() -> tuple[tuple[Gpu, ...], str]:
+    """Return the GPUs that answer, and in words all that are there."""
+    here, words = [], []
     try:
-        with _nvml() as nvml:
+        with _opened("") as (nvml, _):
             for index in range(nvml.nvmlDeviceGetCount()):
                 try:
-                    here.append(_gpu(nvml, index))
+                    here.append(gpu := _gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index))
+                    free = "unknown" if gpu.free_mib is None else f"{gpu.free_mib:,}"
+                    words.append(f"{index} {gpu.name} {gpu.uuid} ({free} MiB free)")
                 except nvml.NVMLError as error:
-                    silent.append(f"{index}, which does not answer ({error})")
-    except pynvml.NVMLError as error:
-        silent.append(f"no NVIDIA GPU that answers ({error})")
-    return tuple(here), tuple(silent)
+                    words.append(f"{index}, which does not answer ({error})")
+    except StackError as error:
+        words.append(f"no NVIDIA GPU that answers ({error.__cause__})")
+    return tuple(here), ", ".join(words) or "no NVIDIA GPU"
 
 
-def _gpu(nvml: Any, index: int) -> Gpu:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
     ask = partial(_ask, nvml)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     cuda = ask("nvmlSystemGetCudaDriverVersion_v2")
-    mig = ask("nvmlDeviceGetMigMode", handle)
-    modes = {
-        nvml.NVML_COMPUTEMODE_DEFAULT: "default",
-        nvml.NVML_COMPUTEMODE_PROHIBITED: "prohibited",
-        nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: "exclusive-process",
-    }
+    mig = ask("nvmlDeviceGetMigMode", handle)  # [now, after a reset]
     return Gpu(
         **vars(_read(nvml, handle)),
         index=index,
@@ -290,22 +241,18 @@ def _gpu(nvml: Any, index: int) -> Gpu:
         architecture=f"{major}{minor}{'a' if major >= 9 else ''}-real",  # noqa: PLR2004
         driver=ask("nvmlSystemGetDriverVersion"),
         cuda=cuda and f"{cuda // 1000}.{cuda % 1000 // 10}",
-        mig=mig and mig[0] == nvml.NVML_DEVICE_MIG_ENABLE,
-        compute_mode=modes.get(ask("nvmlDeviceGetComputeMode", handle)),
+        mode="MIG" if mig and mig[0] else _MODES.get(ask("nvmlDeviceGetComputeMode", handle)),
         pids=tuple(p.pid for p in ask("nvmlDeviceGetComputeRunningProcesses", handle) or ()),
     )
 
 
 def _read(nvml: Any, handle: Any) -> Reading:
     time_s, ask = time.monotonic(), partial(_ask, nvml)
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    except nvml.NVMLError_NotSupported:  # memory shared with the host; any other error is a loss
-        memory = None
+    memory = ask("nvmlDeviceGetMemoryInfo", handle)
     load = ask("nvmlDeviceGetUtilizationRates", handle)
     power_mw = ask("nvmlDeviceGetPowerUsage", handle)
     bits = ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
-    slowed = {getattr(nvml, f"nvmlClocksEventReason{end}"): word for end, word in _SLOWED.items()}
+    slowed = (word for word, name in _SLOWED.items() if bits & getattr(nvml, name))
     return Reading(
         time_s=time_s,
         total_mib=memory and memory.total >> 20,
@@ -314,18 +261,18 @@ def _read(nvml: Any, handle: Any) -> Reading:
         utilisation_percent=load and load.gpu,
         sm_mhz=ask("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
         memory_mhz=ask("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
-        power_w=None if power_mw is None else power_mw / 1000,
+        power_w=power_mw and power_mw / 1000,
         temperature_c=ask("nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
-        throttle=None if bits is None else tuple(w for bit, w in slowed.items() if bits & bit),
+        throttle=None if bits is None else tuple(slowed),
     )
 
 
 def _ask(nvml: Any, call: str, *arguments: Any) -> Any:
-    """Return NVML's answer, or None where it has none; only the loss of a GPU raises."""
+    """Return NVML's answer, None where it has none; raise where that means a lost GPU."""
     try:
         answer = getattr(nvml, call)(*arguments)
-    except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_ResetRequired):
+    except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_ResetRequired, nvml.NVMLError_Unknown):
         raise
     except nvml.NVMLError:
         return None
-    return None if answer in _NOT_AVAILABLE else answer
+    return None if answer in (2**32 - 1, 2**64 - 1) else answer  # NVML_VALUE_NOT_AVAILABLE_…

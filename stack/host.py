@@ -226,8 +226,8 @@ def _link(path: Path) -> str:
 def _holder(inode: str) -> str:
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
         if _link(fd) == f"socket:[{inode}]":
-            pid = fd.parts[2]
-            return f"{Path(f'/proc/{pid}/comm').read_text().strip()} (pid {pid})"
+            pid = int(fd.parts[2])
+            return f"{name(pid)} (pid {pid})"
     return "a process that this user may not see"
 
 
@@ -295,6 +295,14 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             if self.alive():
                 os.killpg(self.pid, number)
+
+
+def name(pid: int) -> str:
+    """Return a process's name."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return "a process that ended"
 
 
 def children(pid: int) -> tuple[int, ...]:

@@ -88,6 +88,7 @@ class Native:
             # Zig brings no OpenMP, and each shared library its own copy of the C++ library,
             # between which the engine's strings would be freed by the wrong one.
             configure += ["-DGGML_OPENMP=OFF", "-DBUILD_SHARED_LIBS=OFF"]
+        _log.info("Compiling the engine for %s.", service.backend)
         log: list[str] = []
         steps: list[list[str | Path]] = [
             ["cmake", *configure],

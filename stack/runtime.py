@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from stack import client, engine, gguf_header, gpu, keys, models
+from stack import client, engine, fit, gguf_header, gpu, keys, models
 from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
+from stack.engine_log import Allocation, allocation
 from stack.errors import Code, StackError
+from stack.gguf_header import Header
 from stack.host import Result, port_conflict
 from stack.native import Native
 from stack.server import Server
 
 _log = logging.getLogger(__name__)
+_LOAD_LINES = 2000
 
 Progress = Callable[[str, int, int], None]
 """Receives what is being done, and how much of how much is done."""
@@ -68,6 +71,8 @@ class Up:
     ready_s: float
     """From its start to the end of its load; 0 where it was up before."""
     first: client.Completion
+    allocation: Allocation | None = None
+    """What the engine told of this start; None where it was up before."""
 
 
 def native(project: Project, progress: Progress = _silent) -> Native:
@@ -113,10 +118,11 @@ def build(runtime: Runtime, project: Project, service: Service) -> None:
     runtime.build(service, source=engine.source(project))
 
 
-def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _silent) -> None:
-    """Make sure that the service's model file is there and sound, making a random one if asked.
+def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _silent) -> Header:
+    """Make sure that the service's model file is there and sound; return its header.
 
-    A model without a repository (tiny) is random anyway.
+    With `stand_in`, or for a model without a repository (tiny), a missing one is made of random
+    weights.
 
     Raises:
         StackError: LOAD when it is missing, INTEGRITY when broken, DISK when it cannot be made.
@@ -138,7 +144,7 @@ def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _sile
             "; or try --stand-in (random weights).",
             Code.LOAD,
         )
-    gguf_header.read(path)
+    return gguf_header.read(path)
 
 
 def up(
@@ -165,8 +171,14 @@ def up(
         client.wait_ready(found)
         first = client.complete(found, "Hello")
         return Up(server=found, was_up=True, ready_s=0, first=first)
-    gpu.require(service)
-    ensure_model(service, stand_in=stand_in, progress=progress)
+    gpu.require(
+        service,
+        chosen="GLM_GPU" in project.settings,
+        toolkit=service.build_args.get("CUDA_VERSION", ""),
+    )
+    header = ensure_model(service, stand_in=stand_in, progress=progress)
+    if service.gpus:
+        fit.check(service, header)
     if service.port and (holder := port_conflict(service.bind, service.port)):
         raise StackError(
             f"Port {service.port} on {holder.address} is taken by {holder.holder}.",
@@ -180,11 +192,14 @@ def up(
         server = runtime.start(service, key=key)
         client.wait_ready(server)
         ready_s = time.monotonic() - start
+        told = allocation(server.logs(_LOAD_LINES))
+        if service.gpus:
+            fit.check_offload(server, told)
         first = client.complete(server, "Hello", tokens=32)
     except BaseException:
         runtime.stop(service)
         raise
-    return Up(server=server, was_up=False, ready_s=ready_s, first=first)
+    return Up(server=server, was_up=False, ready_s=ready_s, first=first, allocation=told)
 
 
 @contextlib.contextmanager
@@ -204,7 +219,7 @@ class State:
     quant: str
     runtime: str
     state: str
-    """stopped, starting, loading, ready, not answering, or ended."""
+    """stopped, starting, loading, ready, not answering, GPU lost, or ended."""
     detail: str = ""
     url: str = ""
     model: str = ""
@@ -239,6 +254,8 @@ def state(server: Server) -> State:
     quant = server.service.quant
     if how := server.ended():
         return State(quant, server.runtime, "ended", f"{how}. {client.evidence(server)}")
+    if server.service.gpus and (reason := gpu.lost(server.service.gpus[0])):
+        return State(quant, server.runtime, "GPU lost", reason, server.url)
     word = client.health(server)
     if word != "ready":
         return State(quant, server.runtime, word, url=server.url)

@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--native", dest="runtime", action="store_const", const="native")
     group.addoption("--docker", dest="runtime", action="store_const", const="docker")
     group.addoption("--attach", metavar="URL", help="check a server that runs already")
+    group.addoption("--evidence", type=Path, help="a folder for what was measured, as JSON")
     group.addoption("--key-file", type=Path, help="the attached server's key")
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from stack import client, config, engine, host, keys, runtime
+from stack import client, config, engine, fit, host, keys, runtime
 from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
+from stack.engine_log import allocation
 from stack.errors import Code, StackError
 from stack.runtime import Runtime
 from stack.server import Server
@@ -263,6 +264,17 @@ def test_stalled_load_is_given_up_by_its_silence(deployment: Deployment) -> None
 
     assert caught.value.code == Code.STALLED
     os.kill(server.processes[0].pid, signal.SIGCONT)
+
+
+def test_loaded_but_not_on_the_gpu(deployment: Deployment) -> None:
+    """The tiny model serves from the CPU: what a GPU service must never be taken for."""
+    server = deployment.start_server()
+    client.wait_ready(server)
+
+    with pytest.raises(StackError, match="loaded but not on the GPU: 0 of") as caught:
+        fit.check_offload(server, allocation(server.logs(2000)))
+
+    assert caught.value.code == Code.ON_CPU
 
 
 def test_killed_while_it_streams(deployment: Deployment) -> None:

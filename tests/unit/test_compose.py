@@ -1,9 +1,6 @@
 """Docker's refusals become a cause, a remedy and a code. The engine is real in the checks."""
 
-import gc
 import socket
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,8 @@ from tests import workspace
 
 
 @pytest.fixture
-def docker(tmp_path: Path) -> Iterator[Docker]:
-    yield Docker(config.load(workspace.make(tmp_path)))
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect()  # the SDK leaves the socket of a failed connection to the collector
+def docker(tmp_path: Path) -> Docker:
+    return Docker(config.load(workspace.make(tmp_path)))
 
 
 def test_forbidden_engine_is_told_from_an_absent_one(

@@ -9,7 +9,7 @@ import pytest
 from tests.workspace import ROOT
 
 STACK = sorted((ROOT / "stack").glob("*.py"))
-SIBLINGS = {"compose", "native", "client", "gpu", "models", "engine"}
+SIBLINGS = {"compose", "native", "client", "gpu", "models", "engine", "plan"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,117 @@
+"""Writes docs/memory.md from the evidence in bench/results: python -m bench.page.
+
+A test compares the page with what this makes, so that it cannot say anything else.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stack import config, gguf_header, models, plan
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "memory.md"
+HEAD = """\
+# GPU memory
+
+Made by `python -m bench.page` from the JSON files in `bench/results/`; every figure was measured by
+`nox -s vram` in the run that its file records. Sizes are MiB.
+
+## Planned, told by the engine, measured
+
+{measured}
+
+*Planned* comes from the GGUF header alone, before anything loads (`invoke plan`). *Engine* is the
+sum of the buffers in its log; *unexplained* is what NVML sees beyond them: CUDA's context, its
+kernels, cuBLAS. *Prefill peak* is while one prompt of so many tokens was read, *load
+peak* while every slot decoded. *After stop* is what was held beyond the baseline.
+
+{together}
+
+
+## What fits on a card
+
+The largest context of each slot, in tokens, on an otherwise empty card with 1 GiB kept free,
+planned with the same formula from the shape of each quant's file. *Shared* is one pool for four
+slots, as `compose.yaml` sets it; a private slot keeps its context whatever the others do.
+
+{capacity}
+"""
+MEASURED = (
+    *(
+        "GPU",
+        "quant",
+        "context x slots",
+        "planned",
+        "engine",
+        "NVML",
+        "unexplained",
+        "plan's error",
+    ),
+    *("prefill peak", "load peak", "after stop", "ready s", "decode tok/s"),
+)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), ["---"] * len(list(head)), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _measured(record: dict[str, Any]) -> list[str]:
+    engine = sum(record["engine"][key] for key in ("model_mib", "cache_mib", "compute_mib"))
+    planned, loaded = sum(record["planned"].values()), record["loaded_mib"]
+    error = f"{100 * (planned - loaded) / loaded:+.2f} %"
+    kind = "stand-in" if record["stand_in"] else "the published file"
+    return [
+        record["gpu"],
+        f"{record['quant']}, {kind}",
+        f"{record['context']:,} x {record['slots']}",
+        f"{planned:,}",
+        f"{engine:,.0f}",
+        f"{loaded:,}",
+        f"{loaded - engine:,.0f}",
+        error,
+        f"{record['prefill_peak_mib']:,} ({record['prefill_tokens']:,} in {record['prefill_s']:.0f} s)",
+        f"{record['load_peak_mib']:,}",
+        f"{record['released_mib']:,}",
+        f"{record['ready_s']:.1f}",
+        f"{record['decode_tokens_s']:.0f}",
+    ]
+
+
+def _together(record: dict[str, Any]) -> list[str]:
+    planned, loaded = sum(record["planned"].values()), record["loaded_mib"]
+    error = f"{100 * (planned - loaded) / loaded:+.2f} %"
+    return [record["gpu"], " and ".join(record["planned"]), f"{planned:,}", f"{loaded:,}", error]
+
+
+def _capacity() -> Iterator[list[str]]:
+    for service in config.load(ROOT).services.values():
+        if service.gpus:
+            header = gguf_header.parse(models.plan(service.model.random).header)
+            rows = plan.capacity(header)
+            for card in dict.fromkeys(row.card_gb for row in rows):
+                contexts = (row.context for row in rows if row.card_gb == card)
+                yield [service.quant, f"{card} GB", *(f"{c:,}" if c else "none" for c in contexts)]
+
+
+def page() -> str:
+    """Return the page."""
+    records = [
+        json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob("vram-*"))
+    ]
+    alone = [record for record in records if "model" in record]
+    together = [record for record in records if "model" not in record]
+    slots = ("shared", *(f"{n} private" for n in plan.PRIVATE_SLOTS))
+    return HEAD.format(
+        measured=_table(MEASURED, map(_measured, alone)),
+        together=_table(
+            ("GPU", "together", "planned", "NVML", "plan's error"), map(_together, together)
+        ),
+        capacity=_table(("quant", "card", *slots), _capacity()),
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,116 @@
+"""Whether a model fits on this machine's GPU, and whether it went there."""
+
+from dataclasses import dataclass
+
+from stack import gguf_header, gpu, models, plan
+from stack.config import Service
+from stack.engine_log import Allocation
+from stack.errors import Code, StackError
+from stack.gguf_header import Header
+from stack.host import name
+from stack.server import Server
+
+
+def check(service: Service, header: Header) -> None:
+    """Hold the plan against what is free on the service's GPU now.
+
+    Raises:
+        StackError: USAGE for a context that the model has not; VRAM, with who holds the rest.
+
+    """
+    plan.check_context(service, header)
+    (device,) = gpu.require(service)
+    if device.free_mib is None:  # nothing to hold it against; the engine's own error is next
+        return
+    try:
+        plan.fits(plan.ledger(service, header), device.free_mib)
+    except StackError as error:
+        held = "; ".join(_holder(pid, device.uuid) for pid in device.pids)
+        told = f" Held by {held or 'no process that this user may see'}."
+        raise StackError(f"{error.cause}{told}", error.remedy, error.code) from None
+
+
+def _holder(pid: int, uuid: str) -> str:
+    used_mib = gpu.used_by([pid], uuid)
+    return f"{name(pid)} (pid {pid})" + (f" {used_mib:,} MiB" if used_mib else "")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a service would take, and what there is of it now."""
+
+    ledger: plan.Ledger
+    file: str
+    """The model's file, or the recipe of its stand-in where there is no file yet."""
+    free_mib: int | None
+    """None where this machine lacks the GPU."""
+    largest_context: int | None
+    """The most that fits in what is free and leaves 1 GiB."""
+
+
+def plans(services: list[Service]) -> tuple[Planned, ...]:
+    """Plan services before anything loads, from their files or from their stand-ins' recipes.
+
+    Raises:
+        StackError: USAGE for a context that the model has not; INTEGRITY for a broken file.
+
+    """
+    return tuple(map(_plan, services))
+
+
+def check_together(planned: tuple[Planned, ...]) -> None:
+    """Hold the sum of plans against the GPU's free memory. Raises StackError VRAM."""
+    free = [each.free_mib for each in planned if each.free_mib is not None]
+    needed = sum(each.ledger.total_mib for each in planned)
+    if free and needed > min(free):
+        if len(planned) == 1:
+            plan.fits(planned[0].ledger, free[0])
+        raise StackError(
+            f"Together they need {needed:,} MiB, {min(free):,} MiB are free.",
+            "Serve one of them, or set smaller contexts.",
+            Code.VRAM,
+        )
+
+
+def _plan(service: Service) -> Planned:
+    file = service.model_file
+    if file.exists():
+        header = gguf_header.read(file)
+    else:
+        header = gguf_header.parse(models.plan(service.model.random).header)
+    plan.check_context(service, header)
+    needed = plan.ledger(service, header)
+    free = [each.free_mib for each in gpu.gpus() if {str(each.index), each.uuid} & {*service.gpus}]
+    free_mib = free[0] if free else None
+    slots = service.slots
+    return Planned(
+        ledger=needed,
+        file=file.name if file.exists() else f"{service.model.random} (no file yet)",
+        free_mib=free_mib,
+        largest_context=free_mib and plan.largest_context(service, header, free_mib, slots),
+    )
+
+
+def check_offload(server: Server, told: Allocation) -> None:
+    """Make sure that a loaded server's model is on the GPU.
+
+    Raises:
+        StackError: ON_CPU, with what is where.
+
+    """
+    size_mib = server.service.model_file.stat().st_size / 2**20
+    on_gpu = {pid for device in gpu.gpus() for pid in device.pids}
+    seen = not on_gpu or any(process.pid in on_gpu for process in server.processes)
+    if (
+        told.layers
+        and told.layers == told.layers_total
+        and told.model_mib >= 0.9 * size_mib
+        and seen
+    ):
+        return
+    raise StackError(
+        f"{server.service.name} is loaded but not on the GPU: {told.layers} of {told.layers_total} "
+        f"layers, {told.model_mib:.0f} of {size_mib:.0f} MiB, process seen by the driver: {seen}.",
+        "See whether the container or process sees the GPU: `nvidia-smi`, GLM_GPU in .env.",
+        Code.ON_CPU,
+    )

@@ -1,0 +1,97 @@
+"""The memory that a server takes of its GPU is the planned one, and comes back."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from bench import vram
+from bench.vram import Vram
+from stack import gpu
+from stack.config import Project, Service
+from stack.runtime import Runtime
+
+TOLERANCE = 0.05
+FLOOR_TOKENS_S = 30
+"""Slower than any GPU that holds the model, faster than its CPU."""
+
+
+@pytest.fixture(scope="session")
+def measured(
+    engine: Runtime, project: Project, service: Service, request: pytest.FixtureRequest
+) -> Vram:
+    """The target's memory from before its start to after its end."""
+    if not service.gpus:
+        pytest.skip(f"{service.name} uses no GPU")
+    found = vram.measure(engine, project, service)
+    keep(request, project, service, runtime=engine.name, **asdict(found))
+    return found
+
+
+def keep(
+    request: pytest.FixtureRequest, project: Project, service: Service, **figures: object
+) -> None:
+    """Write what was measured to the folder of --evidence, with what it was measured on."""
+    folder = request.config.option.evidence
+    if not folder:
+        return
+    (device,) = gpu.require(service)
+    record = {
+        "schema": 1,
+        "gpu": device.name,
+        "gpu_total_mib": device.total_mib,
+        "driver": device.driver,
+        "cuda_driver": device.cuda,
+        "engine_build": f"b{project.engine.build} {project.engine.commit}",
+        **figures,
+    }
+    name = f"vram-{figures['quant']}-{device.name.replace(' ', '-').lower()}.json"
+    (folder / name).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def test_plan_from_the_header_is_within_5_percent(measured: Vram) -> None:
+    assert measured.planned_mib == pytest.approx(measured.loaded_mib, rel=TOLERANCE)
+
+
+def test_engines_own_figures_explain_all_but_5_percent(measured: Vram) -> None:
+    assert 0 <= measured.unexplained_mib <= TOLERANCE * measured.loaded_mib
+
+
+def test_peak_is_within_the_budget(measured: Vram, service: Service) -> None:
+    assert measured.peak_mib <= (service.model.vram_mib or 0)
+
+
+def test_largest_prompt_was_read_whole(measured: Vram) -> None:
+    assert measured.prefill_tokens == measured.context - vram.PREFILL_LEFT
+
+
+def test_all_layers_are_on_the_gpu(measured: Vram) -> None:
+    assert measured.engine["layers"] == measured.engine["layers_total"] > 0
+
+
+def test_decodes_like_a_gpu(measured: Vram) -> None:
+    assert measured.decode_tokens_s > FLOOR_TOKENS_S
+
+
+def test_memory_comes_back(measured: Vram) -> None:
+    assert measured.released_mib <= vram.RELEASED_MIB
+    assert measured.released_s <= vram.RELEASE_LIMIT_S
+
+
+def test_quants_together_take_the_sum_of_their_plans(
+    engine: Runtime, project: Project, service: Service, request: pytest.FixtureRequest
+) -> None:
+    """Once for each runtime, with the last of the quants that can run here."""
+    services = [each for each in project.services.values() if each.gpus and here(each)]
+    if len(services) < 2 or service != services[-1]:
+        pytest.skip("it is no second quant on this GPU")
+
+    found = vram.together(engine, project, services)
+
+    quants = "-".join(found.planned)
+    keep(request, project, service, quant=quants, runtime=engine.name, **asdict(found))
+    assert sum(found.planned.values()) == pytest.approx(found.loaded_mib, rel=TOLERANCE)
+
+
+def here(service: Service) -> bool:
+    return service.model_file.exists()
