@@ -62,6 +62,7 @@ def _measured(record: dict[str, Any]) -> list[str]:
     engine = sum(record["engine"][key] for key in ("model_mib", "cache_mib", "compute_mib"))
     planned, loaded = sum(record["planned"].values()), record["loaded_mib"]
     error = f"{100 * (planned - loaded) / loaded:+.2f} %"
+    prefill = f"{record['prefill_tokens']:,} in {record['prefill_s']:.0f} s"
     kind = "stand-in" if record["stand_in"] else "the published file"
     return [
         record["gpu"],
@@ -72,7 +73,7 @@ def _measured(record: dict[str, Any]) -> list[str]:
         f"{loaded:,}",
         f"{loaded - engine:,.0f}",
         error,
-        f"{record['prefill_peak_mib']:,} ({record['prefill_tokens']:,} in {record['prefill_s']:.0f} s)",
+        f"{record['prefill_peak_mib']:,} ({prefill})",
         f"{record['load_peak_mib']:,}",
         f"{record['released_mib']:,}",
         f"{record['ready_s']:.1f}",
