@@ -149,6 +149,9 @@ def _tell_up(up: "Up") -> None:
     from stack import runtime
 
     state, service = runtime.state(up.server), up.server.service
+    served = (state.model, state.context, state.slots)
+    if served != (service.model_file.name, service.context, service.slots):
+        logging.getLogger("stack").warning("It was started with other settings; down and up again.")
     how = "was up already" if up.was_up else f"is up, loaded in {up.ready_s:.1f} s"
     print(f"{service.name} ({state.runtime}) {how} and generates.")
     print(f"  URL      {state.url}/v1")
@@ -188,7 +191,7 @@ def _ledger(planned: "tuple[Planned, ...]") -> Any:
         figures = (f"{getattr(each.ledger, name):,}" for each in planned)
         source = planned[0].ledger.sources.get(name, "") if planned else ""
         table.add_row(f"{label}{source and f' ({source})'}", *figures)
-    table.add_row("free now", *(f"{p.free_mib:,}" if p.free_mib else "no GPU" for p in planned))
+    table.add_row("free now", *("no GPU" if p.free_mib is None else f"{p.free_mib:,}" for p in planned))
     most = (f"{p.largest_context:,}" if p.largest_context else "" for p in planned)
     table.add_row("largest context", *most)
     table.add_row("model", *(each.file for each in planned))
@@ -296,8 +299,9 @@ def down(_: Context, quant: list[str]) -> None:
 
     project = _project()
     with host.lock(project.state, verb="down"):
+        runtimes = runtime.present(project)
         for service in _services(project, quant or list(project.services)):
-            for name in runtime.down(project, service):
+            for name in runtime.down(service, runtimes):
                 print(f"{service.name} ({name}) is stopped.")
     print("Nothing runs." if not quant else "Done.")
 
@@ -322,9 +326,14 @@ def logs(_: Context, quant: list[str], follow: bool = False) -> None:
     from stack import runtime
 
     project = _project()
-    for service in _services(project, quant):
-        for where, server in runtime.servers_of(project, service):
-            where.follow(service) if follow else print(server.logs(200))
+    runtimes = runtime.present(project)
+    for service in _services(project, quant or list(project.services)):
+        for where, server in runtime.servers_of(service, runtimes):
+            if follow:
+                with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+                    where.follow(service)
+            else:
+                print(server.logs(200))
 
 
 @task

@@ -7,7 +7,6 @@ import datetime as dt
 import ipaddress
 import logging
 import os
-import re
 import socket
 import tempfile
 from functools import cached_property
@@ -65,7 +64,7 @@ class Docker:
         """Make sure that the engine answers. Raises as `client`."""
         _ = self.client
 
-    def compose(self, *arguments: str, show: bool = False, **settings: str) -> Result:
+    def compose(self, *arguments: str, show: int | None = None, **settings: str) -> Result:
         """Run `docker compose` on this project with exactly its settings.
 
         Raises:
@@ -119,7 +118,7 @@ class Docker:
         settings = {"GLM_ENGINE_SOURCE": str(source), "GLM_CREATED": created}
         if "GLM_CA_FILE" not in self.project.settings and "SSL_CERT_FILE" in os.environ:
             settings["GLM_CA_FILE"] = os.environ["SSL_CERT_FILE"]
-        self.compose("build", service.name, show=True, GLM_BASE=self._base(service), **settings)
+        self.compose("build", service.name, show=2, GLM_BASE=self._base(service), **settings)
 
     def _base(self, service: Service) -> str:
         """Return a base image that is here: the configured one, or one made of Debian's packages.
@@ -149,7 +148,7 @@ class Docker:
         return wanted
 
     def _bootstrap(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="glm-base-") as folder:
+        with tempfile.TemporaryDirectory(prefix="glm-base-", ignore_cleanup_errors=True) as folder:
             tool = _debootstrap(Path(folder))
             root = Path(folder) / "root"
             done = run([*tool, "--variant=minbase", "trixie", root], timeout_s=900)
@@ -231,7 +230,7 @@ class Docker:
 
     def follow(self, service: Service) -> None:
         """Show the service's log as it grows, until interrupted."""
-        self.compose("logs", "--follow", "--no-log-prefix", "--tail", "50", service.name, show=True)
+        self.compose("logs", "--follow", "--no-log-prefix", "--tail", "50", service.name, show=1)
 
     def stop(self, service: Service) -> bool:
         """Stop and remove the service's container; return whether there was one."""
@@ -296,18 +295,18 @@ _FAILURES = (
     ("port is already allocated", "free the port, or set another in .env", Code.PORT),
     ("address already in use", "free the port, or set another in .env", Code.PORT),
     ("no space left on device", "free disk space (`docker system df`)", Code.DISK),
-    ("unknown shorthand flag", "install the Compose plugin, 2.20.2 or later", Code.HOST),
-    ("is not a docker command", "install the Compose plugin, 2.20.2 or later", Code.HOST),
+    ("unknown flag: --project-name", "install the Compose plugin, 2.20.2 or later", Code.HOST),
 )
 
 
 def failure(verb: str, done: Result) -> StackError:
     """Turn a failed `docker compose` into a cause, a remedy and a code."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    reason = re.sub(r"^Error response from daemon: ", "", lines[-1]) if lines else "see above"
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["see above"]
     for sign, remedy, code in _FAILURES:
-        if sign in done.stderr:
-            return StackError(f"docker compose {verb}: {reason}", f"Please {remedy}.", code)
+        for line in lines:
+            if sign in line:
+                return StackError(f"docker compose {verb}: {line}", f"Please {remedy}.", code)
+    reason = lines[-1].removeprefix("Error response from daemon: ")
     code = Code.BUILD if verb == "build" else Code.LOAD
     remedy = "Read the lines above." if verb == "build" else "See `docker compose ps --all`."
     return StackError(f"docker compose {verb} failed ({done.status}): {reason}", remedy, code)

@@ -33,13 +33,13 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     timeout_s: float | None = None,
-    show: bool = False,
+    show: int | None = None,
     line: Callable[[str], None] | None = None,
     patience_s: float = 0,
 ) -> Result:
     """Run a program to its end and return its result, whatever its status.
 
-    `show` lets it write to this process's own standard error (progress bars); `line` receives
+    `show` lets it write to a file descriptor of this process (2 for progress); `line` receives
     each line of its output as it comes. It runs in a process group of its own: when this call is
     left early, by Ctrl-C or a time limit, the whole group is ended before it returns. A program
     that must not stop half-way is given `patience_s` to end by itself first.
@@ -48,15 +48,14 @@ def run(
         StackError: HOST, where the program does not exist or outlasts `timeout_s`.
 
     """
-    sink = None if show else subprocess.PIPE
     try:
         process = subprocess.Popen(
             list(argv),
             env=env,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
-            stdout=2 if show else subprocess.PIPE,
-            stderr=subprocess.STDOUT if line else sink,
+            stdout=show or subprocess.PIPE,
+            stderr=subprocess.STDOUT if show or line else subprocess.PIPE,
             text=True,
             errors="replace",
             start_new_session=True,

@@ -215,7 +215,7 @@ class Native:
 
     def follow(self, service: Service) -> None:
         """Show the service's log as it grows, until interrupted."""
-        run(["tail", "-n", "50", "-F", self._log_file(service)], show=True)
+        run(["tail", "-n", "50", "-F", self._log_file(service)], show=1)
 
     def stop(self, service: Service) -> bool:
         """Stop the service's process; return whether it was running.

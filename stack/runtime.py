@@ -176,15 +176,15 @@ def up(
         chosen="GLM_GPU" in project.settings,
         toolkit=service.build_args.get("CUDA_VERSION", ""),
     )
-    header = ensure_model(service, stand_in=stand_in, progress=progress)
-    if service.gpus:
-        fit.check(service, header)
     if service.port and (holder := port_conflict(service.bind, service.port)):
         raise StackError(
             f"Port {service.port} on {holder.address} is taken by {holder.holder}.",
             f"Stop it, or set GLM_{service.quant.upper()}_PORT in .env to another.",
             Code.PORT,
         )
+    header = ensure_model(service, stand_in=stand_in, progress=progress)
+    if service.gpus:
+        fit.check(service, header)
     if not runtime.built(service):
         build(runtime, project, service)
     start = time.monotonic()
@@ -230,22 +230,22 @@ class State:
 
 def states(project: Project) -> tuple[State, ...]:
     """Return the state of every service, in each runtime that has it; `stopped` where none has."""
-    found = []
+    found, runtimes = [], present(project)
     for quant, service in project.services.items():
-        servers = [server for _, server in servers_of(project, service)]
+        servers = [server for _, server in servers_of(service, runtimes)]
         found += [state(server) for server in servers] or [State(quant, "", "stopped")]
     return tuple(found)
 
 
-def servers_of(project: Project, service: Service) -> list[tuple[Runtime, Server]]:
-    """Return a service's servers, running or ended, each with its runtime.
+def servers_of(service: Service, runtimes: list[Runtime]) -> list[tuple[Runtime, Server]]:
+    """Return a service's servers in these runtimes, running or ended.
 
     An unusable key is no reason not to see or stop them; a call that needs it will say so.
     """
     key = ""
     with contextlib.suppress(StackError):
         key = keys.read(service)
-    pairs = [(runtime, runtime.find(service, key=key)) for runtime in present(project)]
+    pairs = [(runtime, runtime.find(service, key=key)) for runtime in runtimes]
     return [(runtime, server) for runtime, server in pairs if server]
 
 
@@ -284,10 +284,11 @@ def running(project: Project, quant: str | None) -> Server:
 
     """
     services = [project.service(quant)] if quant else list(project.services.values())
+    runtimes = present(project)
     found = [
         server
         for service in services
-        for _, server in servers_of(project, service)
+        for _, server in servers_of(service, runtimes)
         if server.ended() is None
     ]
     if not found:
@@ -300,9 +301,9 @@ def running(project: Project, quant: str | None) -> Server:
     return found[0]
 
 
-def down(project: Project, service: Service) -> list[str]:
-    """Stop a service wherever it runs or has ended; return the runtimes that had it."""
-    runtimes = [runtime for runtime, _ in servers_of(project, service)]
-    for runtime in runtimes:
+def down(service: Service, runtimes: list[Runtime]) -> list[str]:
+    """Stop a service where it runs or has ended; return the names of the runtimes that had it."""
+    having = [runtime for runtime, _ in servers_of(service, runtimes)]
+    for runtime in having:
         runtime.stop(service)
-    return [runtime.name for runtime in runtimes]
+    return [runtime.name for runtime in having]

@@ -78,7 +78,7 @@ class Deployment:
         return self.runtime.start(self.service, key=key)
 
     def nothing_runs(self) -> bool:
-        return not runtime.servers_of(self.project, self.service)
+        return not runtime.servers_of(self.service, runtime.present(self.project))
 
 
 @pytest.fixture(params=["--docker", "--native"], ids=["docker-tiny", "native-tiny"])

@@ -61,7 +61,7 @@ def test_absent_engine_is_no_engine(
             ".env",
         ),
         ("write /var/lib/docker/x: no space left on device", Code.DISK, "docker system df"),
-        ("docker: 'compose' is not a docker command.", Code.HOST, "Compose plugin"),
+        ("unknown flag: --project-name\n\nUsage: docker", Code.HOST, "Compose plugin"),
         ("something else", Code.LOAD, "docker compose ps"),
         ("", Code.LOAD, "docker compose ps"),
     ],
