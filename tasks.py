@@ -191,7 +191,8 @@ def _ledger(planned: "tuple[Planned, ...]") -> Any:
         figures = (f"{getattr(each.ledger, name):,}" for each in planned)
         source = planned[0].ledger.sources.get(name, "") if planned else ""
         table.add_row(f"{label}{source and f' ({source})'}", *figures)
-    table.add_row("free now", *("no GPU" if p.free_mib is None else f"{p.free_mib:,}" for p in planned))
+    free = ("no GPU" if p.free_mib is None else f"{p.free_mib:,}" for p in planned)
+    table.add_row("free now", *free)
     most = (f"{p.largest_context:,}" if p.largest_context else "" for p in planned)
     table.add_row("largest context", *most)
     table.add_row("model", *(each.file for each in planned))
