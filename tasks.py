@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent
 INTERRUPTED = 130
+BRIEF_S = 2
 LEDGER = {
     "weights_mib": "weights",
     "cache_mib": "cache",
@@ -104,7 +106,7 @@ def _acting(
 def _bars() -> "Iterator[Progress]":
     """Yield a callback that draws a bar on standard error for each thing it hears of.
 
-    Where that is no terminal, a line at each tenth does instead.
+    Where that is no terminal, what takes over two seconds gets a line at each tenth instead.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -112,6 +114,7 @@ def _bars() -> "Iterator[Progress]":
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
         rows: dict[str, Any] = {}
+        begun: dict[str, float] = {}
         tenths: dict[str, int] = {}
 
         @functools.cache
@@ -125,7 +128,8 @@ def _bars() -> "Iterator[Progress]":
                 bars().update(rows[what], completed=done, total=total)
             elif (tenth := 10 * done // total) > tenths.get(what, 0):
                 tenths[what] = tenth
-                console.print(f"{what}: {tenth}0 %", highlight=False)
+                if time.monotonic() - begun.setdefault(what, time.monotonic()) > BRIEF_S:
+                    console.print(f"{what}: {tenth}0 %", highlight=False)
 
         yield show
 
