@@ -118,7 +118,17 @@ def spawn(program: str, *, env: Mapping[str, str], log: Path) -> int:
         (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    return os.posix_spawn(program, [program], env, file_actions=files, setsid=True)
+    return os.posix_spawn(program, [program], env, file_actions=files, setsid=True, setsigmask=())
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back while what belongs together is done; it is delivered afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

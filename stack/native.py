@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stack.config import Project, Service
 from stack.errors import Code, StackError
-from stack.host import Process, Result, listening_port, run, spawn, write_atomic
+from stack.host import Process, Result, listening_port, run, spawn, uninterrupted, write_atomic
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 
@@ -159,11 +159,13 @@ class Native:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         self._folder.mkdir(parents=True, exist_ok=True)
         program = self.program(service, "llama-server")
-        pid = spawn(program, env=inherited | settings, log=self._log_file(service))
-        process = Process.of(pid) or Process(pid, 0)
-        record = {"pid": pid, "started": process.started, "bind": service.bind}
-        record |= {"settings": settings}
-        write_atomic(self._record_file(service), json.dumps(record, indent=1))
+        with uninterrupted():  # a server without a record would be nobody's
+            pid = spawn(program, env=inherited | settings, log=self._log_file(service))
+            process = Process.of(pid) or Process(pid, 0)
+            record = {"pid": pid, "started": process.started, "bind": service.bind}
+            write_atomic(
+                self._record_file(service), json.dumps(record | {"settings": settings}, indent=1)
+            )
 
         def listening() -> Server | None:
             server = self.find(service, key=key)

@@ -137,3 +137,13 @@ def test_process_is_known_by_its_start_not_its_pid_alone() -> None:
     assert me
     assert me.alive()
     assert not host.Process(me.pid, me.started + 1).alive()
+
+
+def test_interrupt_waits_for_what_belongs_together() -> None:
+    done = []
+
+    with pytest.raises(KeyboardInterrupt), host.uninterrupted():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("whole")
+
+    assert done == ["whole"]
