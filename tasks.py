@@ -227,7 +227,7 @@ def build(
     arch = gpu.architectures() if arch == "host" else arch
     with _acting("build", native=native, docker=docker, GLM_CUDA_ARCH=arch) as act:
         for service in _services(act.project, quant):
-            runtime.build(act.runtime, act.project, service)
+            runtime.build(act.runtime, act.project, service, progress=act.progress)
             print(f"{service.backend} engine b{act.project.engine.build} is built.")
 
 

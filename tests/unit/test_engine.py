@@ -1,9 +1,14 @@
-"""The engine's source, from a real git repository and through real pip, both made here."""
+"""The engine's source, from a real git repository and a real HTTP server, both made here."""
 
 import dataclasses
+import functools
 import hashlib
 import io
+import re
 import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,17 +19,6 @@ from stack.errors import Code, StackError
 from tests import workspace
 
 FILES = {"CMakeLists.txt": "project(llama)\n", "src/llama.cpp": "// code\n", "models/big.gguf": "x"}
-# pip asks an archive for its metadata before it gives it; this one answers without other packages.
-BACKEND = """
-def prepare_metadata_for_build_wheel(folder, config_settings=None):
-    import pathlib
-    info = pathlib.Path(folder) / "llama_cpp_python-1.0.dist-info"
-    info.mkdir()
-    text = "Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: 1.0\\n"
-    (info / "METADATA").write_text(text)
-    return info.name
-"""
-PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
 
 
 @pytest.fixture
@@ -33,8 +27,7 @@ def project(tmp_path: Path) -> Project:
     folder.mkdir()
     workspace.make(folder)
     (folder / ".cache").unlink()
-    (folder / "docker").unlink()
-    (folder / "docker").mkdir()
+    (folder / "uv.lock").unlink()
     return config.load(folder)
 
 
@@ -71,42 +64,50 @@ def test_source_comes_from_git_without_what_no_build_needs(
     assert contents(folder) == {"CMakeLists.txt", "src/llama.cpp"}
 
 
-def archive(project: Project, folder: Path, *, commit: str) -> None:
-    """Make a source archive as PyPI's, and pin it by its hash."""
-    top = "llama_cpp_python-1.0"
-    files = {f"{top}/vendor/llama.cpp/{name}": text for name, text in FILES.items()}
-    files |= {f"{top}/.git/modules/vendor/llama.cpp/HEAD": f"{commit}\n"}
-    files |= {f"{top}/backend.py": BACKEND, f"{top}/pyproject.toml": PYPROJECT}
-    path = folder / f"{top}.tar.gz"
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def pypi(tmp_path: Path) -> Iterator[str]:
+    """Serve the test's folder over HTTP; return its address."""
+    handler = functools.partial(Quiet, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def lock_archive(project: Project, folder: Path, address: str, *, commit: str) -> Path:
+    """Make a source archive as PyPI's, and a uv.lock that names it."""
+    files = {f"x-1.0/vendor/llama.cpp/{name}": text for name, text in FILES.items()}
+    files |= {"x-1.0/vendor/llama.cpp/src/../../../../escaped": "x"}
+    files |= {"x-1.0/.git/modules/vendor/llama.cpp/HEAD": f"{commit}\n"}
+    path = folder / "x-1.0.tar.gz"
     with tarfile.open(path, "w:gz") as made:
         for name, text in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(text)
             made.addfile(entry, io.BytesIO(text.encode()))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    listed = f"llama_cpp_python==1.0 --hash=sha256:{digest}\n"
-    (project.root / "docker" / "engine-source.txt").write_text(listed)
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Let pip see one folder and no index, and no git host answer."""
-    for name in ("PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    return tmp_path
+    (project.root / "uv.lock").write_text(
+        f"""[[package]]
+name = "llama-cpp-python"
+sdist = {{ url = "{address}/{path.name}", hash = "sha256:{digest}", size = {path.stat().st_size} }}
+"""
+    )
+    return path
 
 
 NOWHERE = "https://127.0.0.1:1/llama.cpp.git"
 
 
 def test_source_comes_from_the_archive_where_git_does_not_answer(
-    project: Project, offline: Path, caplog: pytest.LogCaptureFixture
+    project: Project, tmp_path: Path, pypi: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    archive(project, offline, commit="c0ffee")
+    lock_archive(project, tmp_path, pypi, commit="c0ffee")
 
     folder = engine.source(pinned(project, repository=NOWHERE, commit="c0ffee"))
 
@@ -114,25 +115,34 @@ def test_source_comes_from_the_archive_where_git_does_not_answer(
     assert "127.0.0.1 does not answer" in caplog.text
 
 
-def test_archive_of_another_commit_is_refused(project: Project, offline: Path) -> None:
-    archive(project, offline, commit="0ther")
+def changed(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
 
-    with pytest.raises(StackError, match=r"holds llama\.cpp 0ther, not c0ffee") as caught:
+
+@pytest.mark.parametrize(
+    ("commit", "spoil", "reason"),
+    [
+        ("0ther", Path.exists, "holds llama.cpp 0ther, compose.yaml pins c0ffee"),
+        ("c0ffee", changed, "not those that uv.lock has the hash of"),
+        ("c0ffee", Path.unlink, "404"),
+    ],
+    ids=["another-commit", "changed", "missing"],
+)
+def test_wrong_archive_is_refused_and_leaves_nothing(  # noqa: PLR0917  # all by name
+    project: Project,
+    tmp_path: Path,
+    pypi: str,
+    commit: str,
+    spoil: Callable[[Path], object],
+    reason: str,
+) -> None:
+    spoil(lock_archive(project, tmp_path, pypi, commit=commit))
+
+    with pytest.raises(StackError, match=re.escape(reason)) as caught:
         engine.source(pinned(project, repository=NOWHERE, commit="c0ffee"))
 
     assert caught.value.code == Code.BUILD
     assert not any(path.is_file() for path in project.cache.rglob("*"))
-
-
-def test_archive_that_was_changed_is_refused(project: Project, offline: Path) -> None:
-    archive(project, offline, commit="c0ffee")
-    with next(offline.glob("*.tar.gz")).open("ab") as file:
-        file.write(b"\0")
-
-    with pytest.raises(StackError, match="No engine source") as caught:
-        engine.source(pinned(project, repository=NOWHERE, commit="c0ffee"))
-
-    assert caught.value.code == Code.BUILD
 
 
 def test_given_folder_is_taken_as_it_is(project: Project) -> None:
