@@ -206,14 +206,14 @@ def _ledger(planned: "tuple[Planned, ...]") -> Any:
 def _table(states: "tuple[State, ...]") -> Any:
     from rich.table import Table
 
-    columns = ("quant", "runtime", "state", "URL", "context", "slots", "engine", "model")
+    columns = ("quant", "runtime", "state", "URL", "context", "slots", "model")
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column != "model")
     for each in states:
         numbers = (f"{each.context:,}", str(each.slots)) if each.context else ("", "")
         where = (each.quant, each.runtime, f"{each.state} {each.detail}".strip(), each.url)
-        table.add_row(*where, *numbers, each.engine.partition("-")[0], each.model)
+        table.add_row(*where, *numbers, each.model)
     return table
 
 
