@@ -107,28 +107,25 @@ def _end(process: "subprocess.Popen[str]", patience_s: float) -> None:
     process.wait()
 
 
-def spawn(program: str, *, env: Mapping[str, str], log: Path) -> int:
-    """Start a program that outlives this one, in a session of its own; return its pid.
+# Dash and bash alike: a shell's own /proc entry keeps its pid and start time through exec.
+_TELL_AND_BECOME = 'read -r stat </proc/$$/stat && echo "$stat" >"$0" && exec "$@"'
 
-    Its output goes to `log`, emptied first. `Popen` would warn that nobody waits for it.
+
+def spawn(argv: Sequence[str], *, env: Mapping[str, str], log: Path, pid_file: Path) -> None:
+    """Start a program that outlives this one, in a session of its own.
+
+    Its output goes to `log`, emptied first. It writes `pid_file` itself (see `Process.read`), so
+    that none is ever lost, whenever this process is killed. `Popen` would warn that nobody waits.
     """
+    pid_file.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     files = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    return os.posix_spawn(program, [program], env, file_actions=files, setsid=True, setsigmask=())
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back while what belongs together is done; it is delivered afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    shell = ["/bin/sh", "-c", _TELL_AND_BECOME, str(pid_file), *argv]
+    os.posix_spawn(shell[0], shell, env, file_actions=files, setsid=True)
 
 
 @contextlib.contextmanager
@@ -289,6 +286,15 @@ class Process:
         """Return the living process with this pid; a zombie counts as gone."""
         fields = _stat(pid)
         return cls(pid, int(fields[19])) if fields and fields[0] not in "ZX" else None
+
+    @classmethod
+    def read(cls, pid_file: Path) -> "Process | None":
+        """Return the process, living or not, that wrote its /proc/<pid>/stat line to a file."""
+        try:
+            pid, _, rest = pid_file.read_text().partition(" ")
+            return cls(int(pid), int(rest.rpartition(") ")[2].split()[19]))
+        except (FileNotFoundError, IndexError, ValueError):  # not there yet, or in the writing
+            return None
 
     def alive(self) -> bool:
         """Return whether this very process still runs."""

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from stack.config import Project, Service
 from stack.errors import Code, StackError
-from stack.host import Process, Result, listening_port, run, spawn, uninterrupted, write_atomic
+from stack.host import Process, Result, listening_port, run, spawn, write_atomic
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 
 _log = logging.getLogger(__name__)
 TARGETS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-fit-params")
 _LISTEN_LIMIT_S = 60
+_PID_S = 1
 _SECOND_TERM_S = 5
 _KILL_S = 10
 
@@ -158,14 +159,15 @@ class Native:
         foreign = ("LLAMA_", "GLM_", "HF_", "CUDA_")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         self._folder.mkdir(parents=True, exist_ok=True)
-        program = self.program(service, "llama-server")
-        with uninterrupted():  # a server without a record would be nobody's
-            pid = spawn(program, env=inherited | settings, log=self._log_file(service))
-            process = Process.of(pid) or Process(pid, 0)
-            record = {"pid": pid, "started": process.started, "bind": service.bind}
-            write_atomic(
-                self._record_file(service), json.dumps(record | {"settings": settings}, indent=1)
-            )
+        # The record first: a server without one would be nobody's.
+        record = {"bind": service.bind, "settings": settings}
+        write_atomic(self._record_file(service), json.dumps(record, indent=1))
+        spawn(
+            [self.program(service, "llama-server")],
+            env=inherited | settings,
+            log=self._log_file(service),
+            pid_file=self._pid_file(service),
+        )
 
         def listening() -> Server | None:
             server = self.find(service, key=key)
@@ -184,6 +186,9 @@ class Native:
     def _log_file(self, service: Service) -> Path:
         return self._folder / f"{service.name}.log"
 
+    def _pid_file(self, service: Service) -> Path:
+        return self._folder / f"{service.name}.pid"
+
     def _record_file(self, service: Service) -> Path:
         return self._folder / f"{service.name}.json"
 
@@ -192,9 +197,11 @@ class Native:
         record_file = self._record_file(service)
         try:
             record = json.loads(record_file.read_text())
-            process = Process(int(record["pid"]), int(record["started"]))
             bind, port = record["bind"], record["settings"]["LLAMA_ARG_PORT"]
-        except FileNotFoundError:
+            process = wait_until(
+                lambda: Process.read(self._pid_file(service)), timeout_s=_PID_S, what="no pid"
+            )
+        except (FileNotFoundError, WaitTimeoutError):
             return None
         except (ValueError, KeyError, TypeError):
             aside = record_file.with_suffix(".corrupt")
@@ -235,6 +242,7 @@ class Native:
                     wait_until(server.ended, timeout_s=limit_s, what=f"{service.name} still runs")
                     break
         self._record_file(service).unlink(missing_ok=True)
+        self._pid_file(service).unlink(missing_ok=True)
         return running
 
 

@@ -383,9 +383,15 @@ def builds(deployment: Deployment) -> bool:
     return False
 
 
-def test_lock_of_a_killed_operation_is_free(deployment: Deployment) -> None:
+@pytest.mark.parametrize("delay_s", [0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7])
+def test_killed_up_leaves_a_lock_and_a_server_that_the_next_one_takes_over(
+    deployment: Deployment, delay_s: float
+) -> None:
     with deployment.start("up", deployment.flag) as process:
         locked_by(deployment, process.pid)
+        time.sleep(delay_s)
         process.kill()
 
     assert deployment.up().status == 0
+    assert deployment.invoke("down").status == 0
+    assert not host.port_conflict("127.0.0.1", deployment.service.port or 0)

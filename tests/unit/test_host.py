@@ -139,11 +139,20 @@ def test_process_is_known_by_its_start_not_its_pid_alone() -> None:
     assert not host.Process(me.pid, me.started + 1).alive()
 
 
-def test_interrupt_waits_for_what_belongs_together() -> None:
-    done = []
+def test_spawned_program_is_known_by_the_file_it_writes(tmp_path: Path) -> None:
+    pid_file, log = tmp_path / "pid", tmp_path / "log"
 
-    with pytest.raises(KeyboardInterrupt), host.uninterrupted():  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append("whole")
+    host.spawn(["sleep", "60"], env=dict(os.environ), log=log, pid_file=pid_file)
 
-    assert done == ["whole"]
+    process = wait_until(lambda: host.Process.read(pid_file), timeout_s=5, what="no pid file")
+    assert process.alive()
+    process.signal_group(signal.SIGKILL)
+    assert gone(process.pid)
+    assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("text", ["", "12", "12 (sh) S 1 2", "x (sh) S"])
+def test_pid_file_in_the_writing_is_no_process_yet(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pid").write_text(text)
+
+    assert host.Process.read(tmp_path / "pid") is None
