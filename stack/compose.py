@@ -90,9 +90,12 @@ class Docker:
         return done
 
     def built(self, service: Service) -> bool:
-        """Return whether the service's image is there, with the pinned engine in it."""
-        return self.image_labels(service).get("org.opencontainers.image.revision") == (
-            self.project.engine.commit
+        """Return whether the service's image is there, of the pinned engine and for its GPU."""
+        labels = self.image_labels(service)
+        return labels.get(
+            "org.opencontainers.image.revision"
+        ) == self.project.engine.commit and labels.get("glm.cuda.archs") == service.build_args.get(
+            "CUDA_ARCH", ""
         )
 
     def image_labels(self, service: Service) -> dict[str, str]:

@@ -54,8 +54,12 @@ class Native:
         return self.project.cache / "engine" / name
 
     def built(self, service: Service) -> bool:
-        """Return whether the pinned engine is built for the service's backend."""
-        return (self._build_folder(service) / "done").exists()
+        """Return whether the pinned engine is built for the service's backend and GPU."""
+        done = self._build_folder(service) / "done"
+        return done.exists() and done.read_text() == self._identity(service)
+
+    def _identity(self, service: Service) -> str:
+        return f"{self.project.engine.commit} {service.build_args.get('CUDA_ARCH', '')}\n"
 
     def build(self, service: Service, *, source: Path) -> None:
         """Compile the engine with CMake; unchanged files are not compiled again.
@@ -105,7 +109,7 @@ class Native:
                     f"The whole log is in {folder / 'build.log'}.",
                     Code.BUILD,
                 )
-        write_atomic(folder / "done", engine.commit)
+        write_atomic(folder / "done", self._identity(service))
 
     def _step(self, text: str, log: list[str]) -> None:
         log.append(text)
