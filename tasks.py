@@ -293,8 +293,10 @@ def up(
             done = runtime.up(
                 act.runtime, act.project, service, stand_in=stand_in, progress=act.progress
             )
-            with contextlib.suppress(KeyboardInterrupt):  # it is up, told whole or not
+            try:
                 _tell_up(done)
+            except KeyboardInterrupt:  # too late to undo it; a second one ends the next quant
+                print(f"{service.name} is up.")
 
 
 @task

@@ -199,10 +199,10 @@ def up(
         if service.gpus:
             fit.check_offload(server, told)
         first = client.complete(server, "Hello", tokens=32)
+        return Up(server=server, was_up=False, ready_s=ready_s, first=first, allocation=told)
     except BaseException:
         runtime.stop(service)
         raise
-    return Up(server=server, was_up=False, ready_s=ready_s, first=first, allocation=told)
 
 
 @contextlib.contextmanager

@@ -331,7 +331,7 @@ def test_interrupted_up_leaves_nothing(deployment: Deployment, delay_s: float) -
     done = interrupt(process, when=lambda: time.monotonic() > moment)
 
     assert "Traceback" not in done.stderr
-    assert deployment.nothing_runs() == ("is up" not in done.stdout)
+    assert deployment.nothing_runs() == ("is up" not in done.stdout), done
     assert deployment.up().status == 0
 
 
