@@ -58,10 +58,13 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _error(planned: int, loaded: int) -> str:
+    return f"{100 * (planned - loaded) / loaded:+.2f} %"
+
+
 def _measured(record: dict[str, Any]) -> list[str]:
     engine = sum(record["engine"][key] for key in ("model_mib", "cache_mib", "compute_mib"))
     planned, loaded = sum(record["planned"].values()), record["loaded_mib"]
-    error = f"{100 * (planned - loaded) / loaded:+.2f} %"
     prefill = f"{record['prefill_tokens']:,} in {record['prefill_s']:.0f} s"
     kind = "stand-in" if record["stand_in"] else "the published file"
     return [
@@ -72,7 +75,7 @@ def _measured(record: dict[str, Any]) -> list[str]:
         f"{engine:,.0f}",
         f"{loaded:,}",
         f"{loaded - engine:,.0f}",
-        error,
+        _error(planned, loaded),
         f"{record['prefill_peak_mib']:,} ({prefill})",
         f"{record['load_peak_mib']:,}",
         f"{record['released_mib']:,}",
@@ -83,8 +86,13 @@ def _measured(record: dict[str, Any]) -> list[str]:
 
 def _together(record: dict[str, Any]) -> list[str]:
     planned, loaded = sum(record["planned"].values()), record["loaded_mib"]
-    error = f"{100 * (planned - loaded) / loaded:+.2f} %"
-    return [record["gpu"], " and ".join(record["planned"]), f"{planned:,}", f"{loaded:,}", error]
+    return [
+        record["gpu"],
+        " and ".join(record["planned"]),
+        f"{planned:,}",
+        f"{loaded:,}",
+        _error(planned, loaded),
+    ]
 
 
 def _capacity() -> Iterator[list[str]]:

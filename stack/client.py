@@ -73,7 +73,7 @@ def wait_ready(server: Server, *, stall_s: float = STALL_LIMIT_S) -> None:
         if how := server.ended():
             raise StackError(
                 f"{server.service.name} {how} while it loaded. {evidence(server)}",
-                f"See `invoke logs --quant {server.service.quant}`.",
+                _see_log(server),
                 Code.LOAD,
             )
         return True if health(server) == "ready" else None
@@ -92,9 +92,13 @@ def wait_ready(server: Server, *, stall_s: float = STALL_LIMIT_S) -> None:
     except WaitTimeoutError as error:
         raise StackError(
             f"{error}. {evidence(server)}",
-            f"See `invoke logs --quant {server.service.quant}`.",
+            _see_log(server),
             Code.STALLED if isinstance(error, StalledError) else Code.LOAD,
         ) from error
+
+
+def _see_log(server: Server) -> str:
+    return f"See `invoke logs --quant {server.service.quant}`."
 
 
 def evidence(server: Server) -> str:
@@ -135,7 +139,7 @@ def complete(
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise StackError(
             f"{server.service.name} is up but does not generate: {error or type(error).__name__}.",
-            f"See `invoke logs --quant {server.service.quant}`.",
+            _see_log(server),
             Code.VERIFY,
         ) from error
 

@@ -4,7 +4,6 @@ from struct import pack
 import gguf
 import pytest
 
-from stack import models
 from stack.errors import Code, StackError
 from stack.gguf_header import MAX_HEADER_BYTES, TYPES, read
 
@@ -47,18 +46,6 @@ REFUSED = {
     "tensor-type": (tensor(32, kind=4), "tensor 't'"),
     "half-a-block": (tensor(48, kind=8), "tensor 't'"),
 }
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    models.write_random(path, recipe="tiny-q8_0", name="tiny (random weights)")
-    return path
 
 
 @pytest.mark.parametrize(("data", "cause"), REFUSED.values(), ids=REFUSED)

@@ -12,21 +12,7 @@ import pytest
 
 from stack import gguf_header, models
 from stack.errors import Code, StackError
-
-TINY = "tiny-q8_0"
-NAME = "tiny (random weights)"
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    models.write_random(path, recipe=TINY, name=NAME)
-    return path
+from tests.unit.conftest import NAME, TINY
 
 
 def weights(path: Path) -> dict[str, npt.NDArray[np.float32]]:
