@@ -4,7 +4,6 @@ The formulas are llama.cpp's for MLA (`deepseek2`) at the pinned commit, with al
 and flash attention; a test holds them against measured figures.
 """
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,15 +21,6 @@ CELLS = 256  # the engine pads each sequence's context to a multiple of it
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # on CUDA
 CARDS_GB = (24, 32, 48, 80, 96, 141)
 PRIVATE_SLOTS = (1, 2, 4, 8, 16)
-
-
-@dataclass(frozen=True)
-class FitFigures:
-    """The engine's own plan of the GPUs, all together; its logits are those of a whole ubatch."""
-
-    model_mib: int
-    context_mib: int
-    compute_mib: int
 
 
 @dataclass(frozen=True)
@@ -114,20 +104,12 @@ def _shares_mib(header: Header, cache: _Cache) -> tuple[int, int, int]:
     return -(-weights // MIB), -(-cached // MIB), -(-max(attention, logits) // MIB)
 
 
-def ledger(service: Service, header: Header, *, fit: FitFigures | None = None) -> Ledger:
+def ledger(service: Service, header: Header) -> Ledger:
     """Add up a service; raises StackError USAGE for a model without MLA, or an unknown cache."""
     weights, cache, compute = _shares_mib(header, _cache(service, service.slots))
     sources = dict.fromkeys(("weights_mib", "cache_mib"), "from the GGUF header")
-    sources |= {"compute_mib": "from llama-fit-params" if fit else "estimated"}
-    sources |= {"runtime_mib": "estimated"}
-    compute = fit.compute_mib if fit else compute
+    sources |= dict.fromkeys(("compute_mib", "runtime_mib"), "estimated")
     return Ledger(weights, cache, compute, RUNTIME_MIB, sources, service, header)
-
-
-def parse_fit(stdout: str) -> FitFigures | None:
-    """Sum up the GPUs of `llama-fit-params --fit-print on`; None where it used none."""
-    lines = re.findall(r"^(?!Host )\S+ (\d+) (\d+) (\d+) *$", stdout, re.MULTILINE)
-    return FitFigures(*(sum(int(line[n]) for line in lines) for n in range(3))) if lines else None
 
 
 def check_context(service: Service, header: Header) -> None:

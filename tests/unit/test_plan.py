@@ -86,18 +86,6 @@ def test_a_tied_embedding_is_on_the_gpu() -> None:
     assert plan.ledger(service(), tied).weights_mib == 7
 
 
-def test_the_engines_figure_takes_the_place_of_the_estimate() -> None:
-    fit = plan.parse_fit("CUDA0 16524 10469 300 \nCUDA1 1 2 34 \nHost 207 0 412 \n")
-    ledger = plan.ledger(service(), header(), fit=fit)
-    assert fit == plan.FitFigures(16525, 10471, 334)
-    assert (ledger.compute_mib, ledger.sources["compute_mib"]) == (334, "from llama-fit-params")
-
-
-@pytest.mark.parametrize("stdout", ["", "Host 7 36 20 \n", "error: CUDA0 is gone\n"])
-def test_a_fit_without_a_gpu_is_none(stdout: str) -> None:
-    assert plan.parse_fit(stdout) is None
-
-
 @pytest.mark.parametrize(("settings", "step"), [({}, 256), (PRIVATE, 1024)])
 def test_no_larger_context_leaves_a_gibibyte(settings: dict[str, str], step: int) -> None:
     largest = plan.largest_context(service(**settings), header(), 25_000, 4)
