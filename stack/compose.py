@@ -7,6 +7,7 @@ import datetime as dt
 import ipaddress
 import logging
 import os
+import re
 import socket
 import tempfile
 from functools import cached_property
@@ -118,10 +119,50 @@ class Docker:
         self.check()
         # A day's resolution, so that a second build the same day changes nothing.
         created = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT00:00:00Z")
-        settings = {"GLM_ENGINE_SOURCE": str(source), "GLM_CREATED": created}
-        if "GLM_CA_FILE" not in self.project.settings and "SSL_CERT_FILE" in os.environ:
-            settings["GLM_CA_FILE"] = os.environ["SSL_CERT_FILE"]
-        self.compose("build", service.name, show=2, GLM_BASE=self._base(service), **settings)
+        self.compose(
+            *("build", service.name),
+            show=2,
+            GLM_BASE=self._base(service),
+            GLM_CA_FILE=self._ca_file,
+            GLM_CREATED=created,
+            GLM_ENGINE_SOURCE=str(source),
+        )
+
+    @property
+    def _ca_file(self) -> str:
+        """The certificates that a build trusts, where a proxy opens TLS."""
+        named = self.project.settings.get("GLM_CA_FILE")
+        return named or os.environ.get("SSL_CERT_FILE") or os.devnull
+
+    def audit(self, service: Service) -> None:
+        """Check the service's image, whoever built it, as the build does its own.
+
+        Raises:
+            StackError: BUILD, where the image is missing or is not what the service asks for.
+
+        """
+        if not self.client.images.list(name=service.image):
+            raise StackError(
+                f"There is no image {service.image}.", _build_again(service), Code.BUILD
+            )
+        done = run(
+            [
+                *("docker", "buildx", "build", self.project.root / "docker", "--target=audit"),
+                *("--no-cache-filter=audit", "--output=type=cacheonly", "--progress=plain"),
+                f"--build-context=image=docker-image://{service.image}",
+                f"--secret=id=ca,src={self._ca_file}",
+                *(
+                    f"--build-arg={name}={value}"
+                    for name, value in {**service.build_args, "BASE": self._base(service)}.items()
+                ),
+            ]
+        )
+        if done.status:
+            found = re.search(r"^#\d+ [\d.]+ The image is wrong: (.+)", done.stderr, re.MULTILINE)
+            reason = found[1] if found else done.stderr.strip().rpartition("\n")[2]
+            raise StackError(
+                f"{service.image}: {reason.strip(' .')}.", _build_again(service), Code.BUILD
+            )
 
     def _base(self, service: Service) -> str:
         """Return a base image that is here: the configured one, or one made of Debian's packages.
@@ -241,6 +282,10 @@ class Docker:
             return False
         self.compose("down", service.name)
         return True
+
+
+def _build_again(service: Service) -> str:
+    return f"Build it: `invoke build --docker --quant {service.quant}`."
 
 
 def _ended(container: "Container", restarts: int) -> str | None:

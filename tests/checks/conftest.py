@@ -35,6 +35,7 @@ class Target:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("target", "what to check")
     group.addoption("--quant", action="append", help="a quant; may be repeated (all)")
+    group.addoption("--backend", help="only the quants of an engine's backend, cpu or cuda")
     group.addoption("--native", dest="runtime", action="store_const", const="native")
     group.addoption("--docker", dest="runtime", action="store_const", const="docker")
     group.addoption("--attach", metavar="URL", help="check a server that runs already")
@@ -48,6 +49,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.option
     project = config.load(workspace.ROOT)
     quants = option.quant or ([project.default] if option.attach else list(project.services))
+    if option.backend:
+        quants = [name for name in quants if project.service(name).backend == option.backend]
     runtimes = ["attached"] if option.attach else [option.runtime] if option.runtime else RUNTIMES
     targets = [
         Target(where, project.service(quant).quant) for quant in quants for where in runtimes
@@ -65,30 +68,40 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def service(project: Project, target: Target) -> Service:
-    """The target's service, if this machine can run it."""
+    """The target's service, whether or not this machine can run it."""
     if target.runtime == "attached":  # configured by the user's own .env
         return config.load(workspace.ROOT).service(target.quant)
-    service = project.service(target.quant)
-    _skip_unless_runnable(service)
-    return service
+    return project.service(target.quant)
 
 
-def _skip_unless_runnable(service: Service) -> None:
+@pytest.fixture(scope="session")
+def startable(service: Service) -> Service:
+    """The target's service, if its engine can start here: its GPU and the driver are there."""
     try:
         gpu.require(service)
     except StackError as error:
         pytest.skip(error.cause)
-    if service.model.repository and not service.model_file.exists():
-        pytest.skip(
-            f"{service.name}: {service.model_file.name} is not in {service.model_file.parent}"
-        )
+    return service
 
 
 @pytest.fixture(scope="session")
-def engine(project: Project, target: Target, service: Service) -> Runtime:
-    """The target's runtime, with the engine built."""
+def runnable(startable: Service) -> Service:
+    """The target's service, if this machine has its GPU and its model."""
+    if startable.model.repository and not startable.model_file.exists():
+        file = startable.model_file
+        pytest.skip(f"{startable.name}: {file.name} is not in {file.parent}")
+    return startable
+
+
+@pytest.fixture(scope="session")
+def engine(
+    project: Project, target: Target, service: Service, request: pytest.FixtureRequest
+) -> Runtime:
+    """The target's runtime, with the engine built; an image needs no GPU if it is asked for."""
     if target.runtime == "attached":
         pytest.skip("an attached server's engine is out of reach")
+    if target.runtime == "native" or not request.config.option.backend:
+        request.getfixturevalue("startable")
     try:
         chosen = runtime.choose(project, want=target.runtime)
     except NoEngineError as error:
@@ -108,8 +121,9 @@ def server(request: pytest.FixtureRequest, target: Target, service: Service) -> 
         client.wait_ready(server)
         yield server
         return
+    runnable = request.getfixturevalue("runnable")
     chosen: Runtime = request.getfixturevalue("engine")
-    with runtime.serving(chosen, request.getfixturevalue("project"), service) as up:
+    with runtime.serving(chosen, request.getfixturevalue("project"), runnable) as up:
         _SERVERS[:] = [up.server]
         yield up.server
 

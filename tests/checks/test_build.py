@@ -1,12 +1,21 @@
-"""The engine that was built is the one that was asked for."""
+"""The engine that was built is the one that was asked for.
+
+With `--backend cuda` the production image is built and checked without a GPU.
+"""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 
 import pytest
 import yaml
 
 from stack.compose import Docker
 from stack.config import Project, Service
+from stack.errors import Code, StackError
+from stack.host import Result
 from stack.runtime import Runtime
 from tests.workspace import ROOT
 
@@ -20,8 +29,16 @@ def image(engine: Runtime) -> Docker:
     return engine
 
 
-def test_version_equals_the_pin(engine: Runtime, project: Project, service: Service) -> None:
-    says = engine.execute(service, engine.program(service, "llama-server"), "--version")
+@pytest.fixture
+def execute(engine: Runtime, startable: Service) -> Callable[..., Result]:
+    """Run a program with the target's engine."""
+    return partial(engine.execute, startable)
+
+
+def test_version_equals_the_pin(
+    execute: Callable[..., Result], engine: Runtime, project: Project, service: Service
+) -> None:
+    says = execute(engine.program(service, "llama-server"), "--version")
 
     assert says.status == 0
     assert f"build {project.engine.build}, commit {project.engine.commit}" in (
@@ -30,18 +47,51 @@ def test_version_equals_the_pin(engine: Runtime, project: Project, service: Serv
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_no_library_is_missing(engine: Runtime, service: Service, program: str) -> None:
-    found = engine.execute(service, LOADER, "--list", engine.program(service, program))
+def test_no_library_is_missing(
+    execute: Callable[..., Result], engine: Runtime, service: Service, program: str
+) -> None:
+    found = execute(LOADER, "--list", engine.program(service, program))
 
     assert found.status == 0
     assert "not found" not in found.stdout
 
 
-def test_engine_knows_every_setting_of_compose(engine: Runtime, service: Service) -> None:
-    says = engine.execute(service, engine.program(service, "llama-server"), "--help")
+def test_engine_knows_every_setting_of_compose(
+    execute: Callable[..., Result], engine: Runtime, project: Project, service: Service
+) -> None:
+    says = execute(engine.program(service, "llama-server"), "--help")
 
     known = set(re.findall(r"LLAMA_ARG_\w+", says.stdout))
-    assert set(service.environment) <= known
+    assert known.issuperset(chain(*(each.environment for each in project.services.values())))
+
+
+def test_image_passes_the_gate_of_its_build(engine: Runtime, service: Service) -> None:
+    image(engine).audit(service)
+
+
+@pytest.mark.parametrize(
+    ("argument", "other", "says"),
+    [
+        ("ENGINE_COMMIT", "f" * 40, "f was asked for"),
+        ("CUDA_ARCH", "75-real;90a-real", "asks for 'sm_75 sm_90a'"),
+    ],
+)
+def test_gate_refuses_an_image_of_another_build(
+    engine: Runtime, service: Service, argument: str, other: str, says: str
+) -> None:
+    if argument not in service.build_args:
+        pytest.skip(f"{service.name} has no {argument}")
+    another = replace(service, build_args={**service.build_args, argument: other})
+
+    with pytest.raises(StackError, match=says) as caught:
+        image(engine).audit(another)
+
+    assert caught.value.code == Code.BUILD
+
+
+def test_gate_refuses_an_image_that_is_not_there(engine: Runtime, service: Service) -> None:
+    with pytest.raises(StackError, match="There is no image glm-none"):
+        image(engine).audit(replace(service, image="glm-none"))
 
 
 def test_image_does_not_run_as_root(engine: Runtime, service: Service) -> None:

@@ -101,16 +101,16 @@ def test_sibling_container_reaches_it_by_name(
 
 
 @pytest.fixture
-def published(engine: Runtime, service: Service, tmp_path: Path) -> Iterator[Server]:
+def published(runnable: Service, engine: Runtime, tmp_path: Path) -> Iterator[Server]:
     """A second deployment of the target, published on one of the host's own addresses."""
     if not host.addresses():
         pytest.skip("this host has no address beyond loopback")
     folder = workspace.make(tmp_path, GLM_BIND=host.addresses()[0])
-    name = f"GLM_{service.quant.upper()}_PORT"
-    project = config.load(folder, overrides={name: ""})
-    keys.make(project.service(service.quant))
+    project = config.load(folder, overrides={f"GLM_{runnable.quant.upper()}_PORT": ""})
+    service = project.service(runnable.quant)
+    keys.make(service)
     chosen = runtime.choose(project, want=engine.name)
-    with runtime.serving(chosen, project, project.service(service.quant)) as up:
+    with runtime.serving(chosen, project, service) as up:
         yield up.server
 
 

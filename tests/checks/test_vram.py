@@ -18,13 +18,13 @@ FLOOR_TOKENS_S = 30
 
 @pytest.fixture(scope="session")
 def measured(
-    engine: Runtime, project: Project, service: Service, request: pytest.FixtureRequest
+    runnable: Service, engine: Runtime, project: Project, request: pytest.FixtureRequest
 ) -> Vram:
     """The target's memory from before its start to after its end."""
-    if not service.gpus:
-        pytest.skip(f"{service.name} uses no GPU")
-    found = vram.measure(engine, project, service)
-    keep(request, project, service, runtime=engine.name, **asdict(found))
+    if not runnable.gpus:
+        pytest.skip(f"{runnable.name} uses no GPU")
+    found = vram.measure(engine, project, runnable)
+    keep(request, project, runnable, runtime=engine.name, **asdict(found))
     return found
 
 
