@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ HELP = {
     "slots": "requests at the same time, in place of GLM_SLOTS",
     "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
     "stand-in": "use random weights of the model's full shape, made here, instead of its file",
+    "with-model": "a quant of which to make an image that holds its model too",
     "tokens": "the most tokens to answer with",
 }
 
@@ -219,16 +221,27 @@ def _table(states: "tuple[State, ...]") -> Any:
 
 @task
 def build(
-    _: Context, quant: list[str], native: bool = False, docker: bool = False, arch: str = ""
+    _: Context,
+    quant: list[str],
+    native: bool = False,
+    docker: bool = False,
+    arch: str = "",
+    with_model: str = "",
 ) -> None:
-    """Build the engine, as an image or natively."""
+    """Build the engine, as an image, with its model if asked, or natively."""
     from stack import gpu, runtime
 
     arch = gpu.architectures() if arch == "host" else arch
+    docker = docker or bool(with_model)
     with _acting("build", native=native, docker=docker, GLM_CUDA_ARCH=arch) as act:
-        for service in _services(act.project, quant):
+        for service in _services(act.project, quant) if quant or not with_model else ():
             runtime.build(act.runtime, act.project, service, progress=act.progress)
             print(f"{service.backend} engine b{act.project.engine.build} is built.")
+        if with_model:
+            service = act.project.service(with_model)
+            command = runtime.include_model(act.project, service, progress=act.progress)
+            print(f"{command[-1]} holds {service.model_file.name} and serves without a volume:")
+            print(f"  {shlex.join(command)}")
 
 
 @task

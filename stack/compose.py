@@ -5,9 +5,11 @@ The SDK reads (inspect, logs); the `docker compose` program acts, since the SDK 
 
 import datetime as dt
 import ipaddress
+import json
 import logging
 import os
 import re
+import shutil
 import socket
 import tempfile
 from functools import cached_property
@@ -28,6 +30,7 @@ _SOCKET = "unix:///var/run/docker.sock"
 _ANSWER_LIMIT_S = 8
 _UP_LIMIT_S = 30
 _BOOTSTRAPPED = "glm-base:trixie"
+_MARGIN_BYTES = 1 << 30
 
 
 class NoEngineError(StackError):
@@ -163,6 +166,55 @@ class Docker:
             raise StackError(
                 f"{service.image}: {reason.strip(' .')}.", _build_again(service), Code.BUILD
             )
+
+    def include_model(self, service: Service) -> str:
+        """Build an image with the service's model and settings inside, and return its name.
+
+        Raises:
+            StackError: DISK, where Docker's file system has no room for it; BUILD.
+
+        """
+        name = f"{service.image}-{service.quant}"
+        file = service.model_file
+        # BuildKit keeps the file it was sent beside the layer made of it.
+        needed, root = 2 * file.stat().st_size + _MARGIN_BYTES, self.client.info()["DockerRootDir"]
+        if Path(root).exists() and (free := shutil.disk_usage(root).free) < needed:
+            raise StackError(
+                f"{name} needs {needed / 1e9:.1f} GB in {root}, {free / 1e9:.1f} GB are free.",
+                "Free some (`docker system df`), or serve the model from a volume: `invoke up`.",
+                Code.DISK,
+            )
+        settings = (f"{key}={json.dumps(value)}" for key, value in service.environment.items())
+        lines = [
+            f"FROM {service.image}",
+            f"COPY --chmod=0444 --from=models {json.dumps([file.name, str(service.model.path)])}",
+            *(f"ENV {pair}".replace("$", r"\$") for pair in settings),
+            'HEALTHCHECK --interval=10s --start-period=10m CMD ["/app/probe"]',
+        ]
+        with tempfile.TemporaryDirectory(prefix="glm-image-") as folder:
+            (Path(folder) / "Dockerfile").write_text("\n".join(lines))
+            done = run(
+                [
+                    *("docker", "buildx", "build", folder, f"--tag={name}"),
+                    f"--build-context=models={file.parent}",
+                ],
+                show=2,
+            )
+        if done.status:
+            raise failure("build", done)
+        return name
+
+    def alone(self, service: Service) -> list[str]:
+        """Return the command that serves the image of `include_model`: it mounts only the key."""
+        key = Path(service.environment["LLAMA_ARG_API_KEY_FILE"])
+        return [
+            *("docker", "run", "--detach", "--init", "--read-only", "--tmpfs=/tmp:noexec"),
+            *("--cap-drop=ALL", "--security-opt=no-new-privileges", f"--user={service.uid}"),
+            *(f"--gpus=device={gpu}" for gpu in service.gpus),
+            f"--publish={service.bind}:{service.port or ''}:{service.target_port}",
+            f"--volume={service.key_file}:{key}:ro",
+            f"{service.image}-{service.quant}",
+        ]
 
     def _base(self, service: Service) -> str:
         """Return a base image that is here: the configured one, or one made of Debian's packages.

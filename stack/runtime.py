@@ -121,6 +121,19 @@ def build(
     runtime.build(service, source=source)
 
 
+def include_model(project: Project, service: Service, *, progress: Progress = _silent) -> list[str]:
+    """Make an image that holds the service's model too; return the command that serves it.
+
+    Raises StackError: as `ensure_model` and `build`; DISK where Docker has no room.
+    """
+    docker = Docker(project)
+    ensure_model(service, stand_in=False, progress=progress)
+    if not docker.built(service):
+        build(docker, project, service, progress=progress)
+    docker.include_model(service)
+    return docker.alone(service)
+
+
 def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _silent) -> Header:
     """Make sure that the service's model file is there and sound; return its header.
 

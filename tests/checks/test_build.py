@@ -4,19 +4,23 @@ With `--backend cuda` the production image is built and checked without a GPU.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import yaml
+from docker.models.containers import Container
 
+from stack import client, keys, runtime
 from stack.compose import Docker
 from stack.config import Project, Service
 from stack.errors import Code, StackError
-from stack.host import Result
+from stack.host import Result, run
 from stack.runtime import Runtime
+from stack.server import Server
 from tests.workspace import ROOT
 
 PROGRAMS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-fit-params")
@@ -92,6 +96,47 @@ def test_gate_refuses_an_image_of_another_build(
 def test_gate_refuses_an_image_that_is_not_there(engine: Runtime, service: Service) -> None:
     with pytest.raises(StackError, match="There is no image glm-none"):
         image(engine).audit(replace(service, image="glm-none"))
+
+
+@pytest.fixture
+def alone(engine: Runtime, project: Project, runnable: Service) -> Iterator[Container]:
+    """A container of an image with the target's model inside."""
+    docker = image(engine)
+    if runnable.gpus:
+        pytest.skip(f"{runnable.name}: its model would stand on this disk three times")
+    keys.make(runnable)
+    started = run(runtime.include_model(project, runnable))
+    container = docker.client.containers.get(started.stdout.strip())
+    yield container
+    container.remove(force=True)
+    docker.client.images.remove(container.attrs["Config"]["Image"])
+
+
+def test_image_with_model_serves_with_no_volume_but_the_key(
+    alone: Container, runnable: Service
+) -> None:
+    alone.reload()
+    port = alone.attrs["NetworkSettings"]["Ports"][f"{runnable.target_port}/tcp"][0]
+    key = keys.read(runnable)
+    server = Server("docker", runnable, f"http://{port['HostIp']}:{port['HostPort']}", key)
+    client.wait_ready(server)
+
+    assert [mount["Destination"] for mount in alone.attrs["Mounts"]] == ["/run/secrets/api-key"]
+    assert client.complete(server, "Hello", tokens=16).tokens == 16
+    assert client.props(server)["total_slots"] == runnable.slots
+
+
+def test_image_with_model_is_refused_where_docker_has_no_room(
+    engine: Runtime, service: Service, tmp_path: Path
+) -> None:
+    with (tmp_path / service.model.path.name).open("wb") as file:
+        file.truncate(8 << 40)
+    huge = replace(service, mounts={service.model.path.parent: tmp_path})
+
+    with pytest.raises(StackError, match=r"-\w+ needs 17593\.3 GB in /") as caught:
+        image(engine).include_model(huge)
+
+    assert caught.value.code == Code.DISK
 
 
 def test_image_does_not_run_as_root(engine: Runtime, service: Service) -> None:
