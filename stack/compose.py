@@ -71,6 +71,12 @@ class Docker:
             StackError: see `failure`.
 
         """
+        done = self._run(*arguments, show=show, **settings)
+        if done.status:
+            raise failure(arguments[0], done)
+        return done
+
+    def _run(self, *arguments: str, show: int | None = None, **settings: str) -> Result:
         known = self.project.settings
         env = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_", "COMPOSE_"))}
         argv = [
@@ -79,15 +85,12 @@ class Docker:
         ]
         # Interrupted half-way, `up` would leave the engine to create a container later.
         patience_s = _UP_LIMIT_S if arguments[0] == "up" else 0
-        done = run(
+        return run(
             [*argv, *arguments],
             env={**env, **known, **settings},
             show=show,
             patience_s=patience_s,
         )
-        if done.status:
-            raise failure(arguments[0], done)
-        return done
 
     def built(self, service: Service) -> bool:
         """Return whether the service's image is there, of the pinned engine and for its GPU."""
@@ -118,10 +121,31 @@ class Docker:
         self.check()
         # A day's resolution, so that a second build the same day changes nothing.
         created = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT00:00:00Z")
-        settings = {"GLM_ENGINE_SOURCE": str(source), "GLM_CREATED": created}
-        if "GLM_CA_FILE" not in self.project.settings and "SSL_CERT_FILE" in os.environ:
-            settings["GLM_CA_FILE"] = os.environ["SSL_CERT_FILE"]
+        settings = {"GLM_ENGINE_SOURCE": str(source), "GLM_CREATED": created, **self._ca()}
         self.compose("build", service.name, show=2, GLM_BASE=self._base(service), **settings)
+
+    def _ca(self) -> dict[str, str]:
+        """Return the setting that hands a configured bundle of certificates on, if there is one."""
+        if "GLM_CA_FILE" not in self.project.settings and "SSL_CERT_FILE" in os.environ:
+            return {"GLM_CA_FILE": os.environ["SSL_CERT_FILE"]}
+        return {}
+
+    def download(self, *arguments: str, token: str | None) -> int:
+        """Run the service `models` on arguments, its words shown; return its exit status.
+
+        Raises:
+            StackError: BUILD where its image cannot be built.
+
+        """
+        self.check()
+        service = next(iter(self.project.services.values()))
+        self.compose(
+            "build", "--quiet", "models", show=2, GLM_BASE=self._base(service), **self._ca()
+        )
+        # The token goes through the environment: a command line is there for all to read.
+        hub = {"HF_TOKEN": token} if token else {}
+        flags = ("--rm", "--no-TTY")
+        return self._run("run", *flags, "models", *arguments, show=2, **hub, **self._ca()).status
 
     def _base(self, service: Service) -> str:
         """Return a base image that is here: the configured one, or one made of Debian's packages.
