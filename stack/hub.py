@@ -226,9 +226,10 @@ class _Part:
         path.touch()
         self.file = path.open("r+b", buffering=0)
         self.digest, self.size = hashlib.sha256(), 0
-        block = memoryview(bytearray(integrity.BLOCK_BYTES))
+        block, there = memoryview(bytearray(integrity.BLOCK_BYTES)), path.stat().st_size
         while count := self.file.readinto(block):
             self._count(block[:count])
+            progress(f"hash of {self.name} so far", self.size, there)
 
     def __enter__(self) -> Self:
         return self
@@ -239,7 +240,6 @@ class _Part:
     def _count(self, data: bytes | memoryview) -> None:
         self.digest.update(data)
         self.size += len(data)
-        self.progress(self.name, min(self.size, self.target.size), self.target.size)
 
     def restart(self) -> None:
         """Forget what is there."""
@@ -271,6 +271,8 @@ class _Part:
             _translated(target.file),
             get_session().stream("GET", url, headers=headers, timeout=SILENCE_S) as response,
         ):
+            if response.status_code == httpx2.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise _other_bytes(target, response.headers.get("Content-Range", "less"))
             hf_raise_for_status(response)
             self._take(response)
         if self.size < target.size:
@@ -293,8 +295,11 @@ class _Part:
         while piece:
             if self.size + len(piece) > self.target.size:
                 raise _other_bytes(self.target, f"more than {self.target.size:,} bytes")
-            self.file.write(piece)
+            left = memoryview(piece)
+            while left:  # a disk that fills up takes a part first
+                left = left[self.file.write(left) :]
             self._count(piece)
+            self.progress(self.name, self.size, self.target.size)
             piece = next(pieces, b"")
 
     def finish(self) -> Note:

@@ -292,9 +292,11 @@ def require_verified(service: Service, progress: Progress | None = None) -> None
 def mismatch(copy: Copy, remedy: str, wanted: Locked | None = None) -> StackError:
     """Return the error of a file that is not the locked one, with what differs."""
     locked, stamp = wanted or copy.locked, copy.stamp
-    if not locked or not stamp:
-        raise ValueError(f"{copy.file} is missing, or not locked")
-    if stamp.size != locked.size:
+    if not locked:
+        raise ValueError(f"{copy.file} is not locked")
+    if not stamp:
+        differs = "it is no regular file"
+    elif stamp.size != locked.size:
         differs = f"it has {stamp.size:,} bytes, expected are {locked.size:,}"
     else:
         differs = f"its SHA-256 is {copy.sha256}, expected is {locked.sha256}"
