@@ -138,7 +138,7 @@ class _Job:
                 targets.append(copy.locked)
                 continue
             repository = self.service.model.repository or ""
-            told = _patiently(lambda: _ask(repository, copy.file, revision), lambda: 0)  # noqa: B023
+            told = patiently(lambda: _ask(repository, copy.file, revision), lambda: 0)  # noqa: B023
             revision = told.revision
             if copy.locked and copy.locked.sha256 == told.sha256:
                 told = replace(told, first_seen=copy.locked.first_seen)
@@ -203,7 +203,7 @@ def _fetch(target: Locked, folder: Path, progress: Progress) -> Note:
     path = _part(folder, target)
     for _ in range(2):
         with _Part(path, target, progress) as part:
-            _patiently(part.receive, lambda: part.size)
+            patiently(part.receive, lambda: part.size)
             note = part.finish()
         if note.sha256 == target.sha256:
             return note
@@ -276,19 +276,19 @@ class _Part:
             hf_raise_for_status(response)
             self._take(response)
         if self.size < target.size:
-            raise _passing(f"{target.file} ended early, at {self.size:,} of {target.size:,} bytes")
+            raise passing(f"{target.file} ended early, at {self.size:,} of {target.size:,} bytes")
 
     def _take(self, response: httpx2.Response) -> None:
         pieces = response.iter_raw()
         piece = next(pieces, b"")
-        offset, total = _extent(response)
+        offset, total = extent(response)
         if total not in (None, self.target.size):
             foreign = not offset and not piece.startswith(gguf_header.MAGIC)
             what = gguf_header.foreign(piece) if foreign else f"{total:,} bytes"
             raise _other_bytes(self.target, what)
         if offset != self.size:
             if offset:
-                raise _passing(f"{self.target.file} went on at {offset:,}, not at {self.size:,}")
+                raise passing(f"{self.target.file} went on at {offset:,}, not at {self.size:,}")
             self.restart()  # the range was ignored
         if not self.size and not piece.startswith(gguf_header.MAGIC):
             raise _other_bytes(self.target, gguf_header.foreign(piece))
@@ -308,7 +308,7 @@ class _Part:
         return Note(Stamp.of(os.fstat(self.file.fileno())), self.digest.hexdigest())
 
 
-def _extent(response: httpx2.Response) -> tuple[int, int | None]:
+def extent(response: httpx2.Response) -> tuple[int, int | None]:
     """Return where a response's bytes begin in the file, and the file's size where it says so."""
     told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
     if told:
@@ -356,7 +356,7 @@ def _ask(repository: str, file: str, revision: str) -> Locked:
     )
 
 
-def _patiently(attempt: Callable[[], T], reached: Callable[[], int]) -> T:
+def patiently(attempt: Callable[[], T], reached: Callable[[], int]) -> T:
     """Try until it succeeds, as long as it gets further or has tries left.
 
     A hub that cannot be reached at the first try is not tried again: there is no network.
@@ -386,31 +386,32 @@ def _translated(what: str) -> Iterator[None]:
         remedy = "Unset it to download; `uv run invoke models` shows what is here."
         raise StackError(cause, remedy, Code.DOWNLOAD) from error
     except HfHubHTTPError as error:
-        raise _refused(what, error.response) from error
+        raise refused(what, error.response) from error
     except httpx2.TimeoutException as error:
-        raise _passing(f"{what}: nothing came for {SILENCE_S:g} s") from error
+        raise passing(f"{what}: nothing came for {SILENCE_S:g} s") from error
     except (httpx2.ConnectError, httpx2.ProxyError) as error:
-        raise _passing(f"{what}: the hub cannot be reached: {error}", unreachable=True) from error
+        raise passing(f"{what}: the hub cannot be reached: {error}", unreachable=True) from error
     except (httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
-        raise _passing(f"{what}: the connection broke: {error}") from error
+        raise passing(f"{what}: the connection broke: {error}") from error
     except (httpx2.HTTPError, httpx2.InvalidURL, HFValidationError) as error:
         raise StackError(f"{what}: {error}.", _NETWORK, Code.DOWNLOAD) from error
 
 
-def _passing(cause: str, *, wait_s: float | None = None, unreachable: bool = False) -> StackError:
+def passing(cause: str, *, wait_s: float | None = None, unreachable: bool = False) -> StackError:
+    """Return an error that may pass."""
     error = _PassingError(f"{' '.join(cause.split())}.", _NETWORK, Code.DOWNLOAD)
     error.wait_s, error.unreachable = wait_s, unreachable
     return error
 
 
-def _refused(what: str, response: httpx2.Response) -> StackError:
+def refused(what: str, response: httpx2.Response) -> StackError:
     """Return the error of an answer that is none; it may pass where its status says so."""
     status = response.status_code
     cause = f"The hub answers {status} {response.reason_phrase} for {what}."
     remedy = _REMEDIES.get(status, "Try again later; the same command goes on.")
     error = StackError(cause, remedy, Code.DOWNLOAD)
     if status in (408, 429) or status >= 500:  # noqa: PLR2004
-        wait_s = _retry_after_s(response.headers.get("Retry-After", ""))
+        wait_s = retry_after_s(response.headers.get("Retry-After", ""))
         if wait_s is not None and wait_s > LONGEST_WAIT_S:
             error.args = (f"{cause[:-1]}, and asks to wait {wait_s:.0f} s.\n{remedy}",)
             return error
@@ -419,7 +420,7 @@ def _refused(what: str, response: httpx2.Response) -> StackError:
     return error
 
 
-def _retry_after_s(value: str) -> float | None:
+def retry_after_s(value: str) -> float | None:
     """Return the seconds of a Retry-After header, given as seconds or as a date."""
     if value.isdecimal():
         return float(value)

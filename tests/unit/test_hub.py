@@ -1,75 +1,94 @@
-"""The tests' hub is one to `huggingface_hub` itself."""
+import email.utils
+import time
+from collections.abc import Callable
 
-from collections.abc import Iterator
-from pathlib import Path
-
+import httpx2
 import pytest
-from huggingface_hub import HfApi, close_session, constants, hf_hub_download
 
-from tests.hub import CDN, REPOSITORY, Fault, Hub
-
-SIZE = 2 * constants.DOWNLOAD_CHUNK_SIZE
-CONTENT = bytes(range(256)) * (SIZE // 256)
+from stack import hub
+from stack.errors import Code, StackError
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's tries
-    (tmp_path / "file").write_bytes(CONTENT)
-    (tmp_path / "other").write_bytes(CONTENT[::-1])
-    with Hub(tmp_path) as hub:
-        hub.publish({"model.gguf": "file"})
-        yield hub
-    close_session()
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
 
 
-def download(hub: Hub, revision: str = "main") -> bytes:
-    path = hf_hub_download(
-        REPOSITORY,
-        "model.gguf",
-        revision=revision,
-        endpoint=hub.url,
-        token="hf_secret",
-        local_dir=hub.folder / "local",
-    )
-    return Path(path).read_bytes()
+def fails(failure: StackError, counts: list[int]) -> Callable[[], None]:
+    """Return an attempt that fails with each count reached, then succeeds."""
+
+    def attempt() -> None:
+        if len(counts) > 1:
+            counts.pop(0)
+            raise failure
+
+    return attempt
 
 
-def test_the_library_downloads_and_the_token_stays_with_the_hub(hub: Hub) -> None:
-    assert download(hub) == CONTENT
-    sent_to = {each.host: each.headers.get("authorization") for each in hub.requests}
-    assert sent_to == {"127.0.0.1": "Bearer hf_secret", CDN: None}
+def answer(status: int, **headers: str) -> httpx2.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx2.Response(status, headers=named)
 
 
-def test_a_file_has_its_size_and_hash_in_the_api(hub: Hub) -> None:
-    info = HfApi(endpoint=hub.url).model_info(REPOSITORY, files_metadata=True)
-    (file,) = info.siblings or []
+def test_attempts_that_get_nowhere_end(slept: list[float]) -> None:
+    with pytest.raises(StackError, match="broke"):
+        hub.patiently(fails(hub.passing("it broke"), [1] * 99), lambda: 1)
+    assert slept == [1, 2, 4, 8]
 
-    assert (info.sha, file.size) == (hub.main, SIZE)
-    assert file.lfs
-    assert file.lfs.sha256 == hub.commits[hub.main]["model.gguf"]
+
+def test_attempts_that_get_further_go_on(slept: list[float]) -> None:
+    counts = list(range(50))
+    hub.patiently(fails(hub.passing("it broke"), counts), lambda: counts[0])
+    assert slept == [1.0] * 49
+
+
+def test_hub_that_was_never_reached_is_not_tried_again(slept: list[float]) -> None:
+    with pytest.raises(StackError, match="refused"):
+        hub.patiently(fails(hub.passing("refused", unreachable=True), [0, 0]), lambda: 0)
+    assert not slept
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 451])
+def test_refusal_is_final(slept: list[float], status: int) -> None:
+    error = hub.refused("a file", answer(status))
+    with pytest.raises(StackError, match=str(status)) as caught:
+        hub.patiently(fails(error, [0, 0]), lambda: 0)
+    assert caught.value.code == Code.DOWNLOAD
+    assert not slept
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_hub_in_trouble_is_waited_for_as_it_asks(slept: list[float], status: int) -> None:
+    hub.patiently(fails(hub.refused("a file", answer(status, Retry_After="7")), [0, 0]), lambda: 0)
+    assert slept == [7]
+
+
+def test_hub_that_asks_for_too_long_a_wait_is_not_waited_for(slept: list[float]) -> None:
+    error = hub.refused("a file", answer(429, Retry_After="301"))
+    with pytest.raises(StackError, match="asks to wait 301 s") as caught:
+        hub.patiently(fails(error, [0, 0]), lambda: 0)
+    assert "HF_TOKEN" in str(caught.value)
+    assert not slept
+
+
+def test_retry_after_may_be_a_date_or_nonsense() -> None:
+    soon = email.utils.format_datetime(email.utils.localtime().replace(microsecond=0))
+
+    assert hub.retry_after_s(soon) == 0
+    assert hub.retry_after_s("soon") is None
+    assert hub.retry_after_s("") is None
 
 
 @pytest.mark.parametrize(
-    ("faults", "sent_bytes"),
+    ("headers", "extent"),
     [
-        ([Fault(cut=0)], SIZE),
-        ([Fault(cut=0.75)], 1.25 * SIZE),
-        ([Fault(cut=0.75), Fault(ignore_range=True)], 1.75 * SIZE),
-        ([Fault(status=429, times=2, headers={"Retry-After": "0"})], SIZE),
+        ({"Content_Range": "bytes 5-9/10", "Content_Length": "5"}, (5, 10)),
+        ({"Content_Range": "bytes 5-9/*"}, (5, None)),
+        ({"Content_Length": "10"}, (0, 10)),
+        ({}, (0, None)),
     ],
-    ids=["cut-at-0", "cut-at-75", "no-range", "429"],
 )
-def test_a_fault_strikes_as_often_as_told(hub: Hub, faults: list[Fault], sent_bytes: int) -> None:
-    hub.faults = faults
-
-    assert download(hub) == CONTENT
-    assert hub.sent_bytes() == sent_bytes
-
-
-def test_a_commit_keeps_its_files_when_the_branch_moves_on(hub: Hub) -> None:
-    first, second = hub.main, hub.publish({"model.gguf": "other"})
-
-    assert download(hub, second) == CONTENT[::-1]
-    assert download(hub, first) == CONTENT
+def test_extent_of_an_answer(headers: dict[str, str], extent: tuple[int, int | None]) -> None:
+    assert hub.extent(answer(206, **headers)) == extent
