@@ -349,13 +349,22 @@ def _kept() -> Iterator[None]:
 def _download_in_container(project: "Project", services: "list[Service]", *, update: bool) -> None:
     from huggingface_hub import get_token
 
+    from stack import integrity
     from stack.compose import Docker
+    from stack.errors import Code, StackError
 
     arguments = [*(service.quant for service in services), *(["--update"] if update else [])]
     with _kept():
         status = Docker(project).download(*arguments, token=get_token())
     if status:
-        raise Exit(code=status)
+        raise Exit(code=status)  # it has said why
+    for service in services:
+        if not integrity.is_verified(service):
+            raise StackError(
+                f"The container calls it a success, but {service.model_file} is not verified.",
+                "Read its words above; or try without --in-container.",
+                Code.DOWNLOAD,
+            )
 
 
 def _tell_fetched(each: "Fetched") -> None:

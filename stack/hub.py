@@ -1,8 +1,8 @@
 """Fetches model files from the hub: resumed, hashed as they arrive, then locked and put in place.
 
 `huggingface_hub` gives addresses, tokens, metadata and connections. The bytes are moved here: its
-own download (2.4) deletes what it has when it fails and starts under a new name, so nothing is ever
-resumed; it takes no hash of what arrived; and its Xet transfer keeps a second copy in a cache.
+own download (2.4), through Xet or not, deletes what it has when it fails and begins anew under
+another name, so that nothing is ever resumed, and takes no hash of what arrived.
 """
 
 import contextlib
@@ -24,7 +24,12 @@ import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.constants import ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
 
 from stack import gguf_header, host, integrity
 from stack.config import Service
@@ -152,18 +157,20 @@ class _Job:
             StackError: INTEGRITY where it is another, which nobody here fetched or verified.
 
         """
+        known = [each for each in (copy.locked, target) if each]
         ours = copy.ours
-        if copy.stamp and copy.stamp.size == target.size and not copy.sha256:
+        if copy.stamp and not copy.sha256 and copy.stamp.size in {each.size for each in known}:
             copy = integrity.hashed(copy, target, self.progress)
-        here = bool(copy.stamp and copy.sha256 == target.sha256)
-        if copy.path.exists() and not here and not ours:
+        ours = ours or copy.sha256 in {each.sha256 for each in known}
+        if copy.path.exists() and not ours:
             raise integrity.mismatch(copy, f"Move it away from {self.folder}, then again.", target)
-        return here
+        return copy.sha256 == target.sha256
 
     def run(self) -> Fetched:
         """Fetch what is missing, then lock and put in place all of it together."""
         missing_bytes = self.missing_bytes
         notes = [_fetch(target, self.folder, self.progress) for target in self.missing]
+        self._check_headers()
         # The lock first: what it says is then either in place, or whole in its partial file.
         integrity.write_lock(self.folder, self.targets)
         for target, note in zip(self.missing, notes, strict=True):
@@ -174,6 +181,15 @@ class _Job:
             integrity.note(self.folder, target.file, note)
         before = tuple(copy.locked for copy in self.copies if copy.locked)
         return Fetched(self.service, self.targets, before, missing_bytes)
+
+    def _check_headers(self) -> None:
+        """Refuse what the hub has by its hash, and yet is no such model. Raises as the callees."""
+        paths = [
+            _part(self.folder, each) if each in self.missing else self.folder / each.file
+            for each in self.targets
+        ]
+        header, *_ = [gguf_header.read_file(path) for path in paths]
+        gguf_header.require(paths[0], header, self.service.model.header)
 
 
 def _part(folder: Path, target: Locked) -> Path:
@@ -282,16 +298,14 @@ class _Part:
         pieces = response.iter_raw()
         piece = next(pieces, b"")
         offset, total = extent(response)
-        if total not in (None, self.target.size):
-            foreign = not offset and not piece.startswith(gguf_header.MAGIC)
+        foreign = not offset and not gguf_header.MAGIC.startswith(piece[:4] or b"?")
+        if foreign or total not in (None, self.target.size):
             what = gguf_header.foreign(piece) if foreign else f"{total:,} bytes"
             raise _other_bytes(self.target, what)
         if offset != self.size:
             if offset:
                 raise passing(f"{self.target.file} went on at {offset:,}, not at {self.size:,}")
             self.restart()  # the range was ignored
-        if not self.size and not piece.startswith(gguf_header.MAGIC):
-            raise _other_bytes(self.target, gguf_header.foreign(piece))
         while piece:
             if self.size + len(piece) > self.target.size:
                 raise _other_bytes(self.target, f"more than {self.target.size:,} bytes")
@@ -390,11 +404,13 @@ def _translated(what: str) -> Iterator[None]:
     except httpx2.TimeoutException as error:
         raise passing(f"{what}: nothing came for {SILENCE_S:g} s") from error
     except (httpx2.ConnectError, httpx2.ProxyError) as error:
-        raise passing(f"{what}: the hub cannot be reached: {error}", unreachable=True) from error
+        cause = f"{what}: {error.request.url.host} cannot be reached: {error}"
+        raise passing(cause, unreachable=True) from error
     except (httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
         raise passing(f"{what}: the connection broke: {error}") from error
     except (httpx2.HTTPError, httpx2.InvalidURL, HFValidationError) as error:
-        raise StackError(f"{what}: {error}.", _NETWORK, Code.DOWNLOAD) from error
+        cause = " ".join(f"{what}: {error}.".split())
+        raise StackError(cause, _NETWORK, Code.DOWNLOAD) from error
 
 
 def passing(cause: str, *, wait_s: float | None = None, unreachable: bool = False) -> StackError:
@@ -411,7 +427,10 @@ def refused(what: str, response: httpx2.Response) -> StackError:
     remedy = _REMEDIES.get(status, "Try again later; the same command goes on.")
     error = StackError(cause, remedy, Code.DOWNLOAD)
     if status in (408, 429) or status >= 500:  # noqa: PLR2004
+        limit = parse_ratelimit_headers(response.headers)
         wait_s = retry_after_s(response.headers.get("Retry-After", ""))
+        if wait_s is None and limit:
+            wait_s = limit.reset_in_seconds
         if wait_s is not None and wait_s > LONGEST_WAIT_S:
             error.args = (f"{cause[:-1]}, and asks to wait {wait_s:.0f} s.\n{remedy}",)
             return error

@@ -238,12 +238,13 @@ def hash_file(path: Path, progress: Progress | None = None) -> Note:
 
 
 def hashed(copy: Copy, wanted: Locked, progress: Progress | None = None) -> Copy:
-    """Return a copy with the hash of its bytes, noted if it is the wanted one.
+    """Return a copy with the hash of its bytes.
 
-    So a note says that a file was once the right one. Raises as `hash_file`.
+    It is noted where the file is, or once was, the wanted one: a file with a note is `ours`. Raises
+    as `hash_file`.
     """
     fresh = hash_file(copy.path, progress)
-    if fresh.sha256 == wanted.sha256:
+    if copy.ours or fresh.sha256 == wanted.sha256:
         note(copy.folder, copy.file, fresh)
     return replace(copy, stamp=fresh.stamp, note=fresh)
 

@@ -65,6 +65,12 @@ def test_hub_in_trouble_is_waited_for_as_it_asks(slept: list[float], status: int
     assert slept == [7]
 
 
+def test_rate_limit_of_the_hub_is_kept(slept: list[float]) -> None:
+    error = hub.refused("a file", answer(429, RateLimit='"resolvers";r=0;t=55'))
+    hub.patiently(fails(error, [0, 0]), lambda: 0)
+    assert slept == [55]
+
+
 def test_hub_that_asks_for_too_long_a_wait_is_not_waited_for(slept: list[float]) -> None:
     error = hub.refused("a file", answer(429, Retry_After="301"))
     with pytest.raises(StackError, match="asks to wait 301 s") as caught:
