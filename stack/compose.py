@@ -143,9 +143,11 @@ class Docker:
             "build", "--quiet", "models", show=2, GLM_BASE=self._base(service), **self._ca()
         )
         # The token goes through the environment: a command line is there for all to read.
-        hub = {"HF_TOKEN": token} if token else {}
+        settings = {"HF_TOKEN": token, **self._ca()} if token else self._ca()
+        if os.isatty(2):  # so that bars come through, though it has no terminal of its own
+            settings |= {"TTY_COMPATIBLE": "1", "COLUMNS": str(os.get_terminal_size(2).columns)}
         flags = ("--rm", "--no-TTY")
-        return self._run("run", *flags, "models", *arguments, show=2, **hub, **self._ca()).status
+        return self._run("run", *flags, "models", *arguments, show=2, **settings).status
 
     def _base(self, service: Service) -> str:
         """Return a base image that is here: the configured one, or one made of Debian's packages.
