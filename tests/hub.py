@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests import workspace
+
 HUB, CDN = "127.0.0.1", "127.0.0.2"
 REPOSITORY = "unsloth/GLM-4.7-Flash-GGUF"
 BLOCK_BYTES = 8 << 20
@@ -52,7 +54,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """A request as it came, and the bytes of body that were sent for it so far."""
+    """A request as it came, names in lower case, and the bytes of body sent for it so far."""
 
     host: str
     method: str
@@ -95,12 +97,33 @@ class Hub:
         self.objects[sha256] = path
         return sha256
 
+    def deployment(self, folder: Path) -> Path:
+        """Fill a folder so that `invoke` runs there, with this hub as the source of `tiny`."""
+        workspace.make(
+            folder,
+            GLM_MODELS=str(folder / "models"),
+            GLM_TINY_PORT=str(workspace.free_port()),
+        )
+        (folder / "models").mkdir()
+        compose = folder / "compose.yaml"
+        text = compose.read_text()
+        compose.unlink()  # a link to the tree's
+        ours = f"repository: {REPOSITORY}\n    size_gb: 0.04\n    random: tiny"
+        compose.write_text(text.replace("random: tiny", ours))
+        return folder
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """Return the variables that lead `huggingface_hub` here."""
+        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(folder / "hf"), "NO_PROXY": "*"}
+        return {**os.environ, **ours}
+
     def fault(self, step: str) -> Fault:
         """Use up the first fault of a step, once."""
         with self._lock:
             for index, fault in enumerate(self.faults):
                 if fault.step == step and fault.times:
-                    self.faults[index] = replace(fault, times=fault.times - 1)
+                    used = replace(fault, times=fault.times - 1)
+                    self.faults = [*self.faults[:index], used, *self.faults[index + 1 :]]
                     return fault
         return Fault()
 
@@ -148,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         matches = {step: re.fullmatch(route, path) for step, route in _ROUTES.items()}
         step, match = next(((s, m) for s, m in matches.items() if m), ("", None))
-        headers = dict(self.headers.items())
+        headers = {name.lower(): value for name, value in self.headers.items()}
         self.request_ = Request(self.server.host, self.command, self.path, headers, step)
         self.server.hub.requests.append(self.request_)
         fault = self.server.hub.fault(step)
