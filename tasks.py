@@ -354,6 +354,7 @@ def _download_in_container(project: "Project", services: "list[Service]", *, upd
     from stack.errors import Code, StackError
 
     arguments = [*(service.quant for service in services), *(["--update"] if update else [])]
+    services[0].models_folder.mkdir(parents=True, exist_ok=True)  # or Docker has nothing to mount
     with _kept():
         status = Docker(project).download(*arguments, token=get_token())
     if status:
