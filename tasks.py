@@ -377,15 +377,15 @@ def _tell_fetched(each: "Fetched") -> None:
     if each.before in ((), each.files):
         print(f"It is locked to revision {each.files[0].revision}.")
         return
-    table = Table("", "was locked", "is locked", box=None, pad_edge=False)
     before = {entry.file: asdict(entry) for entry in each.before}
     for entry in each.files:
+        table = Table("", "was", "is", box=None, pad_edge=False)
         old = before.get(entry.file, {})
-        table.add_row(entry.file, "", "")
         for name, new in asdict(entry).items():
             if name not in ("file", "repository"):
                 table.add_row(f"  {name}", str(old.get(name, ""))[:WIDTH], str(new)[:WIDTH])
-    Console().print(table)
+        print(f"The lock of {entry.file} moved:")
+        Console().print(table)
 
 
 @task
@@ -427,13 +427,13 @@ def _models_table(listed: "tuple[Listed, ...]") -> Any:
 def _prune(project: "Project") -> None:
     from stack import host, integrity
 
-    with host.lock(project.state, verb="models --prune"):
-        folder = project.service(project.default).models_folder
-        for path in integrity.leftovers(folder):
+    folder, verb = project.service(project.default).models_folder, "models --prune"
+    with host.lock(project.state, verb=verb), integrity.exclusive(folder, verb=verb):
+        paths = integrity.leftovers(folder)
+        for path in paths:
             print(f"{path} ({path.stat().st_size / 1e9:.2f} GB)")
-        with integrity.exclusive(folder, verb="models --prune"):
-            for path in integrity.leftovers(folder):
-                path.unlink()
+        for path in paths:
+            path.unlink()
 
 
 @task
