@@ -201,6 +201,10 @@ def exclusive(folder: Path, *, verb: str) -> Iterator[None]:
     """
     try:
         with host.lock(folder / OWN_FOLDER, verb=verb):
+            notes = _notes_file(folder)
+            halves = (*notes.parent.glob(f".{notes.name}.*"), *folder.glob(f".{LOCK}.*"))
+            for half in halves:  # of a run that was killed while it wrote one
+                half.unlink(missing_ok=True)
             yield
     except OSError as error:
         raise StackError(

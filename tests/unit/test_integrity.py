@@ -204,6 +204,16 @@ def test_listing_hashes_only_when_asked(service: Service, file: Path, heard: Hea
     assert heard.of == [f"hash of {ENTRY.file}"]
 
 
+def test_half_written_files_of_a_killed_run_are_swept(tmp_path: Path) -> None:
+    own = tmp_path / integrity.OWN_FOLDER
+    own.mkdir()
+    (own / ".verified.json.ab12").touch()
+    (tmp_path / ".models.lock.ab12").touch()
+
+    with integrity.exclusive(tmp_path, verb="test"):
+        assert [path.name for path in tmp_path.rglob("*")] == [own.name, "lock"]
+
+
 def test_leftovers_are_what_was_made_here_and_is_of_no_use(service: Service, file: Path) -> None:
     folder = file.parent
     integrity.require_verified(service)
