@@ -4,6 +4,7 @@ Each test drives the command line in a deployment of its own, against a hub on l
 has a repository, so that what was downloaded is really served.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -511,11 +512,22 @@ def await_(begun: Callable[[], object]) -> None:
     wait_until(lambda: begun() or None, timeout_s=60, what="the moment", interval_s=0.001)
 
 
+@contextlib.contextmanager
+def held(process: "subprocess.Popen[str]", deployment: Deployment) -> Iterator[None]:
+    """Hold a download while the context lasts, from when its first bytes were sent."""
+    await_(deployment.hub.sent_bytes)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
 def test_two_downloads_at_once(deployment: Deployment) -> None:
     deployment.hub.faults = [Fault(rate=20e6)]
     with deployment.start("download", "--quant", "tiny") as first:
-        await_(deployment.hub.sent_bytes)
-        second = deployment.download()
+        with held(first, deployment):
+            second = deployment.download()
         done = ended(first)
 
     assert_ended(second, Code.BUSY, f"pid {first.pid}")
@@ -555,10 +567,10 @@ def test_disk_that_is_read_only(deployment: Deployment, small_disk: Callable[[st
 
 def test_disk_full_at_60_percent(deployment: Deployment, small_disk: Callable[[str], None]) -> None:
     small_disk("size=12g")
-    deployment.hub.faults = [Fault(rate=10e6)]
+    deployment.hub.faults = [Fault(rate=20e6)]
     with deployment.start("download", "--quant", "tiny") as process:
-        await_(deployment.hub.sent_bytes)
-        small_disk("size=24m")
+        with held(process, deployment):
+            small_disk("size=24m")
         done = ended(process)
 
     assert_ended(done, Code.DISK)
