@@ -62,6 +62,12 @@ def vram(session: nox.Session) -> None:
 
 
 @nox.session
+def models(session: nox.Session) -> None:
+    """Check that downloads survive what hubs, networks and disks do, and only whole ones serve."""
+    _pytest(session, "tests/checks/test_models.py", *session.posargs)
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Check that bad input and faults end in one line, the right code, and nothing left over."""
     _pytest(session, "tests/checks/test_faults.py", *session.posargs)

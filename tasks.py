@@ -20,11 +20,16 @@ from invoke.tasks import task as invoke_task
 if TYPE_CHECKING:
     from stack.config import Project, Service
     from stack.fit import Planned
+    from stack.hub import Fetched
+    from stack.integrity import Listed
     from stack.runtime import Progress, Runtime, State, Up
 
 ROOT = Path(__file__).parent
 INTERRUPTED = 130
 BRIEF_S = 2
+DRAWN_S = 0.1
+MANY = 1_000_000
+WIDTH = 25
 LEDGER = {
     "weights_mib": "weights",
     "cache_mib": "cache",
@@ -36,15 +41,19 @@ HELP = {
     "arch": "CUDA architectures to compile for, as CMake names them: 120a-real;90a-real, or host",
     "context": "tokens of context, in place of GLM_CONTEXT",
     "docker": "insist on Docker",
+    "in-container": "with the Python of a container, as `docker compose run --rm models` does",
     "follow": "keep showing new lines until Ctrl-C",
     "json": "print JSON",
     "message": "the question",
     "native": "run the engine as a plain process",
+    "prune": "list, then remove, partial files and files fetched here that are not locked",
     "slots": "requests at the same time, in place of GLM_SLOTS",
     "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
     "stand-in": "use random weights of the model's full shape, made here, instead of its file",
     "with-model": "a quant of which to make an image that holds its model too",
     "tokens": "the most tokens to answer with",
+    "update": "move the lock to the newest commit of the repository",
+    "verify": "hash every locked file",
 }
 
 
@@ -111,29 +120,64 @@ def _bars() -> "Iterator[Progress]":
     Where that is no terminal, what takes over two seconds gets a line at each tenth instead.
     """
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
-        rows: dict[str, Any] = {}
-        begun: dict[str, float] = {}
-        tenths: dict[str, int] = {}
+        shown: dict[str, Shown] = {}
 
         @functools.cache
         def bars() -> Progress:
-            return stack.enter_context(Progress(console=console))
+            amount = TextColumn("{task.fields[amount]}")
+            columns = ("{task.description}", BarColumn(), amount, TimeRemainingColumn())
+            return stack.enter_context(Progress(*columns, console=console))
 
         def show(what: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            each = shown.setdefault(what, Shown(now, done))
+            if now - each.drawn < DRAWN_S and done < total:
+                return
+            each.drawn = now
+            amount = each.amount(done, total)
             if console.is_terminal:
-                if what not in rows:
-                    rows[what] = bars().add_task(what)
-                bars().update(rows[what], completed=done, total=total)
-            elif (tenth := 10 * done // total) > tenths.get(what, 0):
-                tenths[what] = tenth
-                if time.monotonic() - begun.setdefault(what, time.monotonic()) > BRIEF_S:
-                    console.print(f"{what}: {tenth}0 %", highlight=False)
+                if each.row is None:
+                    each.row = bars().add_task(what, amount="")
+                bars().update(each.row, completed=done, total=total, amount=amount)
+            elif (tenth := 10 * done // total) > each.tenth:
+                each.tenth = tenth
+                if now - each.begun > BRIEF_S:
+                    console.print(f"{what}: {amount}{each.left(done, total)}", highlight=False)
 
         yield show
+
+
+@dataclass
+class Shown:
+    """What was shown of a thing in progress; `before` was done when it was first heard of."""
+
+    begun: float
+    before: int
+    drawn: float = 0
+    tenth: int = 0
+    row: Any = None
+
+    def _rate(self, done: int) -> float:
+        return (done - self.before) / max(time.monotonic() - self.begun, DRAWN_S)
+
+    def amount(self, done: int, total: int) -> str:
+        """Say how much is done; a total of millions can only be bytes, which have a rate."""
+        percent = f"{100 * done // total} %"
+        if total < MANY:
+            return percent
+        rate = f"{self._rate(done) / 1e6:.0f} MB/s"
+        return f"{percent}, {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate}"
+
+    def left(self, done: int, total: int) -> str:
+        """Say how long the rest will take, where it is bytes."""
+        if total < MANY or done == total or (rate := self._rate(done)) <= 0:
+            return ""
+        minutes, seconds = divmod(int((total - done) / rate), 60)
+        return f", {minutes}:{seconds:02} left"
 
 
 def _project(*, stand_in: bool = False, **settings: str) -> "Project":
@@ -275,8 +319,134 @@ def model(_: Context, quant: list[str], stand_in: bool = False) -> None:
 
     with _acting("model", native=True, stand_in=stand_in) as act:
         for service in _services(act.project, quant):
-            runtime.ensure_model(service, stand_in=stand_in, progress=act.progress)
+            runtime.ensure_model(act.project, service, stand_in=stand_in, progress=act.progress)
             print(f"{service.model_file} is there and whole.")
+
+
+@task
+def download(
+    _: Context, quant: list[str], update: bool = False, in_container: bool = False
+) -> None:
+    """Fetch models from the hub, as locked: resumed, verified, put in place whole."""
+    from stack import integrity
+    from stack.errors import Code, StackError
+
+    project = _project()
+    if not quant:
+        known = ", ".join(name for name, each in project.services.items() if each.model.repository)
+        raise StackError("No quant is named.", f"Give --quant: {known}.", Code.USAGE)
+    services = _services(project, quant)
+    if in_container:
+        _download_in_container(project, services, update=update)
+        return
+    if not update and all(map(integrity.is_verified, services)):
+        for service in services:
+            print(f"{service.model_file} is complete and verified.")
+        return
+    from stack import hub
+
+    with _bars() as progress, _kept():
+        done = hub.download(services, update=update, progress=progress)
+    for each in done:
+        _tell_fetched(each)
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Exit("Interrupted; the same command goes on from here.", INTERRUPTED) from None
+
+
+def _download_in_container(project: "Project", services: "list[Service]", *, update: bool) -> None:
+    from huggingface_hub import get_token
+
+    from stack import integrity
+    from stack.compose import Docker
+    from stack.errors import Code, StackError
+
+    arguments = [*(service.quant for service in services), *(["--update"] if update else [])]
+    services[0].models_folder.mkdir(parents=True, exist_ok=True)  # or Docker has nothing to mount
+    with _kept():
+        status = Docker(project).download(*arguments, token=get_token())
+    if status:
+        raise Exit(code=status)  # it has said why
+    for service in services:
+        if not integrity.is_verified(service):
+            raise StackError(
+                f"The container calls it a success, but {service.model_file} is not verified.",
+                "Read its words above; or try without --in-container.",
+                Code.DOWNLOAD,
+            )
+
+
+def _tell_fetched(each: "Fetched") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    files, gb = each.service.model_file, f"{each.fetched_bytes / 1e9:.2f} GB"
+    print(f"{files} is complete and verified; {gb} were fetched.")
+    if each.before in ((), each.files):
+        print(f"It is locked to revision {each.files[0].revision}.")
+        return
+    before = {entry.file: asdict(entry) for entry in each.before}
+    for entry in each.files:
+        table = Table("", "was", "is", box=None, pad_edge=False)
+        old = before.get(entry.file, {})
+        for name, new in asdict(entry).items():
+            if name not in ("file", "repository"):
+                table.add_row(f"  {name}", str(old.get(name, ""))[:WIDTH], str(new)[:WIDTH])
+        print(f"The lock of {entry.file} moved:")
+        Console().print(table)
+
+
+@task
+def models(_: Context, verify: bool = False, prune: bool = False, json: bool = False) -> None:
+    """Show the model files: what is here, locked, verified."""
+    from rich.console import Console
+
+    from stack import integrity
+    from stack.errors import Code, StackError
+
+    project = _project()
+    if prune:
+        _prune(project)
+    with _bars() as progress:
+        listed = integrity.listing(project.services.values(), verify=progress if verify else None)
+    if json:
+        print(_json([asdict(each) for each in listed]))
+    else:
+        Console().print(_models_table(listed))
+    wrong = [each for each in listed if verify and each.state == "mismatch"]
+    if wrong:
+        raise StackError(
+            f"{', '.join(each.file for each in wrong)}: not what models.lock says.",
+            f"uv run invoke download --quant {wrong[0].quant}, which replaces it.",
+            Code.INTEGRITY,
+        )
+
+
+def _models_table(listed: "tuple[Listed, ...]") -> Any:
+    from rich.table import Table
+
+    table = Table("quant", "file", "bytes", "locked to", "state", box=None, pad_edge=False)
+    for each in listed:
+        size = "" if each.size is None else f"{each.size:,}"
+        table.add_row(each.quant, each.file, size, each.revision[:12], each.state)
+    return table
+
+
+def _prune(project: "Project") -> None:
+    from stack import host, integrity
+
+    folder, verb = project.service(project.default).models_folder, "models --prune"
+    with host.lock(project.state, verb=verb), integrity.exclusive(folder, verb=verb):
+        paths = integrity.leftovers(folder)
+        for path in paths:
+            print(f"{path} ({path.stat().st_size / 1e9:.2f} GB)")
+        for path in paths:
+            path.unlink()
 
 
 @task

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stack import gguf_header
 from stack.config import Project, Service
 from stack.errors import Code, StackError
 from stack.host import Process, Result, children, run
@@ -75,6 +76,12 @@ class Docker:
             StackError: see `failure`.
 
         """
+        done = self._run(*arguments, show=show, **settings)
+        if done.status:
+            raise failure(arguments[0], done)
+        return done
+
+    def _run(self, *arguments: str, show: int | None = None, **settings: str) -> Result:
         known = self.project.settings
         env = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_", "COMPOSE_"))}
         argv = [
@@ -83,15 +90,12 @@ class Docker:
         ]
         # Interrupted half-way, `up` would leave the engine to create a container later.
         patience_s = _UP_LIMIT_S if arguments[0] == "up" else 0
-        done = run(
+        return run(
             [*argv, *arguments],
             env={**env, **known, **settings},
             show=show,
             patience_s=patience_s,
         )
-        if done.status:
-            raise failure(arguments[0], done)
-        return done
 
     def built(self, service: Service) -> bool:
         """Return whether the service's image is there, of the pinned engine and for its GPU."""
@@ -175,9 +179,10 @@ class Docker:
 
         """
         name = f"{service.image}-{service.quant}"
-        file = service.model_file
-        # BuildKit keeps the file it was sent beside the layer made of it.
-        needed, root = 2 * file.stat().st_size + _MARGIN_BYTES, self.client.info()["DockerRootDir"]
+        files = gguf_header.parts(service.model_file)
+        # BuildKit keeps what it was sent beside the layer made of it.
+        needed = 2 * sum(file.stat().st_size for file in files) + _MARGIN_BYTES
+        root = self.client.info()["DockerRootDir"]
         if Path(root).exists() and (free := shutil.disk_usage(root).free) < needed:
             raise StackError(
                 f"{name} needs {needed / 1e9:.1f} GB in {root}, {free / 1e9:.1f} GB are free.",
@@ -185,9 +190,10 @@ class Docker:
                 Code.DISK,
             )
         settings = (f"{key}={json.dumps(value)}" for key, value in service.environment.items())
+        copied = [*(file.name for file in files), f"{service.model.path.parent}/"]
         lines = [
             f"FROM {service.image}",
-            f"COPY --chmod=0444 --from=models {json.dumps([file.name, str(service.model.path)])}",
+            f"COPY --chmod=0444 --from=models {json.dumps(copied)}",
             *(f"ENV {pair}".replace("$", r"\$") for pair in settings),
             'HEALTHCHECK --interval=10s --start-period=10m CMD ["/app/probe"]',
         ]
@@ -196,7 +202,7 @@ class Docker:
             done = run(
                 [
                     *("docker", "buildx", "build", folder, f"--tag={name}"),
-                    f"--build-context=models={file.parent}",
+                    f"--build-context=models={service.model_file.parent}",
                 ],
                 show=2,
             )
@@ -215,6 +221,29 @@ class Docker:
             f"--volume={service.key_file}:{key}:ro",
             f"{service.image}-{service.quant}",
         ]
+
+    def download(self, *arguments: str, token: str | None) -> int:
+        """Run the service `models` on arguments, its words shown; return its exit status.
+
+        Raises:
+            StackError: BUILD where its image cannot be built.
+
+        """
+        self.check()
+        service = next(iter(self.project.services.values()))
+        self.compose(
+            *("build", "--quiet", "models"),
+            show=2,
+            GLM_BASE=self._base(service),
+            GLM_CA_FILE=self._ca_file,
+        )
+        settings = {"GLM_CA_FILE": self._ca_file}
+        if token:  # through the environment: a command line is there for all to read
+            settings["HF_TOKEN"] = token
+        if os.isatty(2):  # so that bars come through, though it has no terminal of its own
+            settings |= {"TTY_COMPATIBLE": "1", "COLUMNS": str(os.get_terminal_size(2).columns)}
+        flags = ("--rm", "--no-TTY")
+        return self._run("run", *flags, "models", *arguments, show=2, **settings).status
 
     def _base(self, service: Service) -> str:
         """Return a base image that is here: the configured one, or one made of Debian's packages.

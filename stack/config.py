@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ class Model:
     path: Path
     random: str
     min_build: int
+    min_build_for: str
+    """What earlier builds of the engine lack."""
     load_s: float
+    header: Mapping[str, int | str] = field(default_factory=dict)
+    """What the GGUF header must say, by its keys."""
     repository: str | None = None
     size_gb: float | None = None
     vram_mib: int | None = None
@@ -84,6 +88,15 @@ class Service:
     def model_file(self) -> Path:
         """The model's path on the host."""
         return self.host_path(self.model.path)
+
+    @property
+    def models_folder(self) -> Path:
+        """The folder of model files, on the host."""
+        return next(
+            outside
+            for inside, outside in self.mounts.items()
+            if self.model.path.is_relative_to(inside)
+        )
 
     @property
     def key_file(self) -> Path:

@@ -98,7 +98,8 @@ def check_offload(server: Server, told: Allocation) -> None:
         StackError: ON_CPU, with what is where.
 
     """
-    size_mib = server.service.model_file.stat().st_size / 2**20
+    files = gguf_header.parts(server.service.model_file)
+    size_mib = sum(file.stat().st_size for file in files) / 2**20
     on_gpu = {pid for device in gpu.gpus() for pid in device.pids}
     seen = not on_gpu or any(process.pid in on_gpu for process in server.processes)
     if (

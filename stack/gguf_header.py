@@ -2,9 +2,10 @@
 
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ MAX_ENTRIES = 1 << 16  # keys, or tensors; real files have about 50 and 1,000
 MAX_DIMENSIONS = 4
 MAX_ELEMENTS = 1 << 63
 VERSIONS = (2, 3)
+MAGIC = b"GGUF"
 SCALARS = dict([*enumerate("BbHhIif?"), *enumerate("Qqd", 10)])  # to the codes of struct
 STRING, ARRAY = 8, 9
 
@@ -51,7 +53,8 @@ class Header:
     """A header; ``keys`` holds every scalar, and of an array its length.
 
     ``size_bytes`` is where the last tensor ends: the least size of an undamaged file. ``tensors``
-    gives the bytes of each, without padding.
+    gives the bytes of each, without padding. Of a split model it is the first part's, with the
+    tensors and the size of all; the other parts have no keys but those of the split.
     """
 
     architecture: str
@@ -113,8 +116,8 @@ def _scalar(kind: int) -> str:
 
 def parse(data: bytes) -> Header:
     """Parse a file's first bytes; raises EOFError(bytes needed) or ValueError."""
-    if not data.startswith(b"GGUF"):
-        raise ValueError(_foreign(data[:512].lstrip()))
+    if not data.startswith(MAGIC):
+        raise ValueError(foreign(data))
     cursor = _Cursor(data)
     if (version := cursor.take("4xI")) not in VERSIONS:
         raise ValueError(f"GGUF version {version}, where {VERSIONS} are supported")
@@ -129,7 +132,9 @@ def parse(data: bytes) -> Header:
             raise ValueError(f"tensor {name[:64]!r} of shape {shape} and type {kind}")
         tensors[name] = elements // kind.block_elements * kind.block_bytes
         end = max(end, offset + tensors[name])
-    architecture, alignment = keys.get("general.architecture"), keys.get("general.alignment", 32)
+    without = "" if keys.get("split.no") else None
+    architecture = keys.get("general.architecture", without)
+    alignment = keys.get("general.alignment", 32)
     if not isinstance(architecture, str) or not isinstance(alignment, int) or alignment < 1:
         raise ValueError("no architecture, or an alignment that is none")
     size_bytes = cursor.at + (end and -cursor.at % alignment + end)
@@ -137,7 +142,9 @@ def parse(data: bytes) -> Header:
     return Header(architecture, name, keys, tensor_count, size_bytes, tensors)
 
 
-def _foreign(start: bytes) -> str:
+def foreign(data: bytes) -> str:
+    """Name what a file is, by its first bytes, that does not begin as GGUF does."""
+    start = data[:512].lstrip()
     if start.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file it points to"
     if start.startswith(b"<"):
@@ -145,7 +152,62 @@ def _foreign(start: bytes) -> str:
     return f"not a GGUF file: begins with {start[:4]!r}" if start else "an empty file"
 
 
+def parts(path: Path) -> tuple[Path, ...]:
+    """Return the files of a model: itself, or all parts of a split one named by its first."""
+    match = re.fullmatch(r"(.+)-00001-of-(\d{5})\.gguf", path.name)
+    if not match:
+        return (path,)
+    return tuple(
+        path.with_name(f"{match[1]}-{number:05}-of-{match[2]}.gguf")
+        for number in range(1, max(1, int(match[2])) + 1)
+    )
+
+
 def read(path: Path) -> Header:
+    """Read the header of a model, and hold each of its files' size against it.
+
+    Raises:
+        StackError: as `read_file`; INTEGRITY where the parts of a split one do not belong together.
+
+    """
+    files = parts(path)
+    first, *others = map(read_file, files)
+    for number, header in enumerate((first, *others)):
+        told = (header.keys.get("split.no", 0), header.keys.get("split.count", 1) or 1)
+        if told != (number, len(files)):
+            raise StackError(
+                f"{files[number]}: its header says split {told[0]} of {told[1]}, "
+                f"its name {number} of {len(files)}",
+                "fetch the file again, under its own name",
+                Code.INTEGRITY,
+            )
+    tensors = {name: size for each in (first, *others) for name, size in each.tensors.items()}
+    size_bytes = sum(each.size_bytes for each in (first, *others))
+    return replace(first, tensors=tensors, tensor_count=len(tensors), size_bytes=size_bytes)
+
+
+def require(path: Path, header: Header, wanted: Mapping[str, int | str]) -> None:
+    """Hold a header's values against those that `compose.yaml` asks for.
+
+    Raises:
+        StackError: INTEGRITY, with what differs.
+
+    """
+    differ = [
+        f"{key} is {header.keys.get(key, 'not set')}, where {value} is wanted"
+        for key, value in wanted.items()
+        if header.keys.get(key) != value
+    ]
+    if differ:
+        raise StackError(
+            f"{path}: {'; '.join(differ)}",
+            "it is another model, or an old conversion: fetch its repository's newest file "
+            "(`uv run invoke download --update`)",
+            Code.INTEGRITY,
+        )
+
+
+def read_file(path: Path) -> Header:
     """Read the header of ``path``, at most 64 MiB of it, and hold the file's size against it.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from stack import client, engine, fit, gguf_header, gpu, keys, models
+from stack import client, engine, fit, gguf_header, gpu, integrity, keys, models
 from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
 from stack.engine_log import Allocation, allocation
@@ -127,21 +127,24 @@ def include_model(project: Project, service: Service, *, progress: Progress = _s
     Raises StackError: as `ensure_model` and `build`; DISK where Docker has no room.
     """
     docker = Docker(project)
-    ensure_model(service, stand_in=False, progress=progress)
+    ensure_model(project, service, stand_in=False, progress=progress)
     if not docker.built(service):
         build(docker, project, service, progress=progress)
     docker.include_model(service)
     return docker.alone(service)
 
 
-def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _silent) -> Header:
-    """Make sure that the service's model file is there and sound; return its header.
+def ensure_model(
+    project: Project, service: Service, *, stand_in: bool, progress: Progress = _silent
+) -> Header:
+    """Make sure that the service's model is there, is the locked one, and can be served.
 
     With `stand_in`, or for a model without a repository (tiny), a missing one is made of random
-    weights.
+    weights. Returns its header.
 
     Raises:
-        StackError: LOAD when it is missing, INTEGRITY when broken, DISK when it cannot be made.
+        StackError: LOAD when it is missing, DISK when it cannot be made, INTEGRITY when broken, not
+            what lock and `compose.yaml` say, or newer than the engine.
 
     """
     model, path = service.model, service.model_file
@@ -153,14 +156,17 @@ def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _sile
             name=f"GLM-4.7-Flash {service.quant} ({kind})",
             progress=lambda done, total: progress(path.name, done, total),
         )
-    if not path.exists():
+    integrity.require_verified(service, progress)
+    header = gguf_header.read(path)
+    gguf_header.require(path, header, model.header)
+    if project.engine.build < model.min_build:
         raise StackError(
-            f"{service.name} needs {path.name} ({model.size_gb} GB) in {path.parent}.",
-            f"uv run hf download {model.repository} {path.name} --local-dir {path.parent}"
-            "; or try --stand-in (random weights).",
-            Code.LOAD,
+            f"{service.name} needs build >= {model.min_build} of the engine, because earlier ones "
+            f"lack {model.min_build_for}; {project.engine.build} is pinned.",
+            "Move x-engine in compose.yaml to a newer commit.",
+            Code.INTEGRITY,
         )
-    return gguf_header.read(path)
+    return header
 
 
 def up(
@@ -198,7 +204,7 @@ def up(
             f"Stop it, or set GLM_{service.quant.upper()}_PORT in .env to another.",
             Code.PORT,
         )
-    header = ensure_model(service, stand_in=stand_in, progress=progress)
+    header = ensure_model(project, service, stand_in=stand_in, progress=progress)
     if service.gpus:
         fit.check(service, header)
     if not runtime.built(service):

@@ -5,7 +5,7 @@ import gguf
 import pytest
 
 from stack.errors import Code, StackError
-from stack.gguf_header import MAX_HEADER_BYTES, TYPES, read
+from stack.gguf_header import MAX_HEADER_BYTES, TYPES, Header, parts, read, require
 
 HUGE = 1 << 63
 
@@ -107,3 +107,75 @@ def test_keys_and_tensors_are_those_gguf_reads(tiny: Path) -> None:
 
 def test_types_take_the_bytes_gguf_gives_them() -> None:
     assert {kind.name: (kind, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == TYPES
+
+
+@pytest.fixture
+def split(tmp_path: Path, tiny: Path) -> Path:
+    """The same model in parts, written by gguf; the first of them."""
+    whole = gguf.GGUFReader(tiny)
+    writer = gguf.GGUFWriter(None, "deepseek2", split_max_tensors=20)
+    writer.add_context_length(8192)
+    for each in whole.tensors:
+        writer.add_tensor(each.name, each.data, raw_dtype=each.tensor_type)
+    writer.write_header_to_file(tmp_path / "model.gguf")
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(tmp_path.glob("model-*.gguf"))
+
+
+def test_parts_are_named_by_the_first(split: Path) -> None:
+    assert parts(split) == tuple(sorted(split.parent.glob("model-*.gguf")))
+    assert parts(split.with_name("model.gguf")) == (split.with_name("model.gguf"),)
+    assert len(parts(split)) > 1
+
+
+def test_split_model_reads_as_one(split: Path, tiny: Path) -> None:
+    header = read(split)
+
+    assert header.architecture == "deepseek2"
+    assert header.tensors == read(tiny).tensors
+    assert header.size_bytes == sum(part.stat().st_size for part in parts(split))
+
+
+def test_part_that_is_short_is_named(split: Path) -> None:
+    last = parts(split)[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+
+    with pytest.raises(StackError, match=f"{last.name}: truncated"):
+        read(split)
+
+
+def test_part_under_the_name_of_another_is_refused(split: Path) -> None:
+    first, second, *_ = parts(split)
+    second.write_bytes(first.read_bytes())
+
+    with pytest.raises(StackError, match=r"split 0 of .*, its name 1 of") as caught:
+        read(split)
+    assert caught.value.code == Code.INTEGRITY
+
+
+WANTED: dict[str, int | str] = {
+    "general.architecture": "deepseek2",
+    "deepseek2.expert_gating_func": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "cause"),
+    [
+        ({**WANTED, "deepseek2.expert_gating_func": 1}, "expert_gating_func is 1, where 2 is"),
+        ({"general.architecture": "deepseek2"}, "expert_gating_func is not set"),
+        ({**WANTED, "general.architecture": "llama"}, "architecture is llama, where deepseek2"),
+    ],
+)
+def test_header_that_says_otherwise_is_refused(keys: dict[str, int | str], cause: str) -> None:
+    header = Header("deepseek2", "", keys, 0, 0, {})
+
+    with pytest.raises(StackError, match=cause) as caught:
+        require(Path("model.gguf"), header, WANTED)
+    assert caught.value.code == Code.INTEGRITY
+
+
+def test_header_that_says_the_same_passes(tiny: Path) -> None:
+    require(tiny, read(tiny), WANTED)

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from stack import gguf_header, models
+from stack import config, gguf_header, models
 from stack.errors import Code, StackError
+from tests import workspace
 from tests.unit.conftest import NAME, TINY
 
 
@@ -118,3 +119,11 @@ def test_what_a_killed_write_left_is_replaced(path: Path) -> None:
     path.with_name(f".{path.name}.part").write_bytes(b"half")
     models.write_random(path, recipe=TINY, name=NAME)
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("quant", config.load(workspace.ROOT).services)
+def test_random_weights_have_the_header_that_is_asked_for(quant: str) -> None:
+    model = config.load(workspace.ROOT).service(quant).model
+    header = gguf_header.parse(models.plan(model.random).header)
+
+    gguf_header.require(Path(quant), header, model.header)

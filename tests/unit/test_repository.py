@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from stack import host
 from tests.workspace import ROOT
 
 STACK = sorted((ROOT / "stack").glob("*.py"))
-SIBLINGS = {"compose", "native", "client", "gpu", "models", "engine", "plan"}
+SIBLINGS = {"compose", "native", "client", "gpu", "hub", "models", "engine", "plan"}
 
 
 def imports(path: Path) -> set[str]:
@@ -43,6 +44,17 @@ def test_one_module_has_a_docker_command_line() -> None:
 
 def test_one_module_starts_processes() -> None:
     assert [path.stem for path in STACK if "import subprocess" in path.read_text()] == ["host"]
+
+
+def test_packages_of_the_container_are_those_of_the_lock(tmp_path: Path) -> None:
+    """The second line of the file is the command that made it."""
+    pinned = (ROOT / "docker" / "models.txt").read_text()
+    command = pinned.splitlines()[1].lstrip("# ").split()
+    done = host.run([*command[:-1], tmp_path / "models.txt"], cwd=ROOT)
+
+    assert done.status == 0, done.stderr
+    again = (tmp_path / "models.txt").read_text()
+    assert again.splitlines()[2:] == pinned.splitlines()[2:]
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
