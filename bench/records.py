@@ -62,6 +62,29 @@ class Record:
     """Still under way when the run ended: neither a success nor a failure."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of the generator at one point: a number of clients, or a rate."""
+
+    arrivals: str
+    """`closed` (each client sends when its last answer ended), `constant`, `poisson` or `ramp`."""
+    clients: int
+    """Streams at once (closed), or the most there may be."""
+    rate: float | None
+    """Requests a second that were due; None in a closed loop."""
+    seed: int
+    begun_ns: int
+    warm_ns: int
+    """When the warm-up, which is not drained, ended."""
+    ended_ns: int
+    """When nothing more was sent; what was then under way is cut."""
+    records: tuple[Record, ...]
+    cpu_s: float
+    """CPU time of the generator's processes between begin and end."""
+    lags_ns: tuple[int, ...] = ()
+    """How much later than asked the event loop came back, sampled all along."""
+
+
 def write(records: Iterable[Record], path: Path) -> None:
     """Write one JSON object a line."""
     with path.open("w") as file:
