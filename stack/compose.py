@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stack.config import Project, Service
+from stack.config import Project, Service, Settings
 from stack.errors import Code, StackError
 from stack.host import Process, Result, children, run
 from stack.server import Server
@@ -64,7 +64,13 @@ class Docker:
         """Make sure that the engine answers. Raises as `client`."""
         _ = self.client
 
-    def compose(self, *arguments: str, show: int | None = None, **settings: str) -> Result:
+    def compose(
+        self,
+        *arguments: str,
+        show: int | None = None,
+        timeout_s: float | None = None,
+        settings: Settings | None = None,
+    ) -> Result:
         """Run `docker compose` on this project with exactly its settings.
 
         Raises:
@@ -81,8 +87,9 @@ class Docker:
         patience_s = _UP_LIMIT_S if arguments[0] == "up" else 0
         done = run(
             [*argv, *arguments],
-            env={**env, **known, **settings},
+            env={**env, **known, **(settings or {})},
             show=show,
+            timeout_s=timeout_s,
             patience_s=patience_s,
         )
         if done.status:
@@ -119,9 +126,10 @@ class Docker:
         # A day's resolution, so that a second build the same day changes nothing.
         created = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT00:00:00Z")
         settings = {"GLM_ENGINE_SOURCE": str(source), "GLM_CREATED": created}
+        settings["GLM_BASE"] = self._base(service)
         if "GLM_CA_FILE" not in self.project.settings and "SSL_CERT_FILE" in os.environ:
             settings["GLM_CA_FILE"] = os.environ["SSL_CERT_FILE"]
-        self.compose("build", service.name, show=2, GLM_BASE=self._base(service), **settings)
+        self.compose("build", service.name, show=2, settings=settings)
 
     def _base(self, service: Service) -> str:
         """Return a base image that is here: the configured one, or one made of Debian's packages.
@@ -173,6 +181,24 @@ class Docker:
         entry = ["docker", "run", "--rm", "--network=none", "--entrypoint", argv[0]]
         return run([*entry, service.image, *argv[1:]], timeout_s=60)
 
+    def tool(self, service: Service, name: str, *arguments: str, timeout_s: float) -> Result:
+        """Run one of the image's programs as the server would run: settings, model, GPU, limits.
+
+        Raises:
+            StackError: LOAD when it fails, HOST when it outlasts `timeout_s`.
+
+        """
+        container = f"{self.project.name}-{service.name}-tool"
+        argv = ["--no-deps", "-T", "--name", container, "--entrypoint", f"/app/{name}"]
+        try:
+            self._remove(container)
+            return self.compose("run", *argv, service.name, *arguments, timeout_s=timeout_s)
+        finally:  # Compose leaves it running when it is interrupted
+            self._remove(container)
+
+    def _remove(self, container: str) -> None:
+        run(["docker", "rm", "--force", container], timeout_s=60)
+
     def sibling(self, service: Service, *argv: str) -> Result:
         """Run a command of the base image in a container beside the project's own."""
         network = f"--network={self.project.name}_default"
@@ -187,6 +213,7 @@ class Docker:
         labels = [
             f"com.docker.compose.project={self.project.name}",
             f"com.docker.compose.service={service.name}",
+            "com.docker.compose.oneoff=False",
         ]
         found = self.client.containers.list(all=True, filters={"label": labels})
         return found[0] if found else None

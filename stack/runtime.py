@@ -47,7 +47,13 @@ class Runtime(Protocol):
         """Return the path of one of the engine's programs, as `execute` takes it."""
 
     def execute(self, service: Service, *argv: str) -> Result:
-        """Run a program of the service's engine to its end."""
+        """Run a program of the service's engine to its end, with no settings, model or GPU."""
+
+    def tool(self, service: Service, name: str, *arguments: str, timeout_s: float) -> Result:
+        """Run a program of the engine to its end as the server would run: settings, model, GPU.
+
+        A path among the arguments is the container's. Raises StackError when it fails.
+        """
 
     def start(self, service: Service, *, key: str) -> Server:
         """Start the service, replacing what is left of an earlier one."""
