@@ -223,6 +223,18 @@ def props(server: Server) -> Mapping[str, Any]:
     return _get(server, "/props")
 
 
+def metrics(session: httpx.Client) -> dict[str, float]:
+    """Return the plain series of `/metrics`, without their prefix; nothing where it has none.
+
+    From a million on the server rounds to six digits. Raises httpx.HTTPError, ValueError.
+    """
+    answer = session.get("/metrics")
+    if answer.is_error:
+        return {}
+    lines = (line.split() for line in answer.text.splitlines() if line.startswith("llamacpp:"))
+    return {name.removeprefix("llamacpp:"): float(value) for name, value in lines}
+
+
 def models(server: Server) -> Mapping[str, Any]:
     """Return the server's list of models (one).
 
