@@ -1,20 +1,40 @@
 """Judges: whether a run may be believed, and whether the server met its target."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
+from bench.stats import FLOORS, wilson
+from stack.errors import Code, StackError
+
 if TYPE_CHECKING:
     from bench.analysis import Point
-
+    from bench.calibration import Calibration
 
 Verdict = Literal["PASS", "FAIL", "UNRESOLVED"]
 """What the samples prove at 95 % confidence: the one, the other, or neither."""
 
+ERROR = 0.1
+"""The client's error may be so much of what it measures."""
+CPU = 0.8
+COALESCED = 0.05
+STEADY = 0.95
+"""The share of the clients that is in flight, all through the window and in its mean."""
+DISAGREEMENT = 0.02
+"""Of token counts, and of Little's law."""
+LAG_MS = 4
+"""How late the event loop may come back where stamps are the kernel's and do not suffer from it."""
+SEND_MS = 1
+"""A schedule delay below it is no fault, however short the TTFT."""
+
 
 @dataclass(frozen=True)
 class Slo:
-    """A target: `share` of the requests have both their TTFT and their TPOT within the limits."""
+    """A target: `share` of the requests have both their TTFT and their TPOT within the limits.
+
+    The defaults are MLPerf's interactive limits for an 8B model; its others are 2000 and 100 ms.
+    """
 
     ttft_ms: float = 500
     tpot_ms: float = 30
@@ -22,13 +42,35 @@ class Slo:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `ttft=500,tpot=30`; what is not named keeps its default.
+        """Read `ttft=500,tpot=30`, or with `share=0.99`; what is not named keeps its default.
 
         Raises:
             StackError: USAGE, with an example.
 
         """
-        raise NotImplementedError
+        names = {"ttft": "ttft_ms", "tpot": "tpot_ms", "share": "share"}
+        try:
+            pairs = [part.split("=") for part in re.sub(r"\s", "", text).split(",")]
+            values = {names[name]: float(value) for name, value in pairs}
+            slo = cls(**values)
+            if len(values) == len(pairs) and slo._possible():
+                return slo
+        except (KeyError, ValueError):
+            pass
+        raise StackError(
+            f"{text!r} is no service level objective.",
+            "Write milliseconds, and a share if not 0.95: --slo ttft=500,tpot=30,share=0.99",
+            Code.USAGE,
+        )
+
+    def _possible(self) -> bool:
+        return all(0 < limit < float("inf") for limit in (self.ttft_ms, self.tpot_ms)) and (
+            0 < self.share < 1
+        )
+
+    def __str__(self) -> str:
+        """Say it as a sentence's part."""
+        return f"TTFT within {self.ttft_ms:g} ms and TPOT within {self.tpot_ms:g} ms"
 
 
 @dataclass(frozen=True)
@@ -40,29 +82,84 @@ class Outcome:
 
 
 def faults(
-    point: "Point", *, itl_error_ms: float | None, throttled: Sequence[str] = ()
+    point: "Point", calibration: "Calibration | None", *, throttled: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Say why a run is INVALID, one line a reason; nothing where it is VALID.
 
-    `itl_error_ms` is the client's p99 error of the inter-token latency in the calibration, None
-    where there was none, which is a reason too. `throttled` names what slowed the GPU down.
+    A run that was not calibrated is not valid. `throttled` names what slowed the GPU down.
     """
-    raise NotImplementedError
+    if not point.window_s:
+        return (f"no steady window: never {point.clients} in flight after the warm-up",)
+    slowed = (f"the GPU was slowed down by {reason}" for reason in throttled)
+    return (*_of_client(point, calibration), *_of_samples(point), *slowed)
+
+
+def _of_client(point: "Point", calibration: "Calibration | None") -> Iterator[str]:
+    itl_ms, ttft_ms = point.itl.mean or 0, point.ttft.mean or 0
+    coalesced, lag_ms = point.coalesced or 0, point.lag_p99 or 0
+    delay_ms = point.client_queue.mean or 0
+    if calibration is None:
+        yield "the client was not calibrated"
+    elif itl_ms and calibration.receive_p99_ms > ERROR * itl_ms:
+        error = f"{calibration.receive_p99_ms:.2f} ms, the time between tokens {itl_ms:.2f} ms"
+        yield f"the client's error is {error}"
+    if point.client_cpu > CPU:
+        yield f"the client was busy {point.client_cpu:.0%} of the time"
+    if coalesced > COALESCED:
+        yield f"{coalesced:.0%} of the reads held several events, which share a stamp"
+    if lag_ms > max(LAG_MS if point.kernel == 1 else 0, ERROR * itl_ms):
+        yield f"the client's event loop came back {lag_ms:.1f} ms late"
+    if delay_ms > max(SEND_MS, ERROR * ttft_ms) and not point.overloaded:
+        yield f"requests were sent {delay_ms:.1f} ms after they were due"
+
+
+def _of_samples(point: "Point") -> Iterator[str]:
+    if point.rate is None and point.concurrency < STEADY * point.clients:
+        yield f"only {point.concurrency:.1f} of {point.clients} clients were in flight"
+    if abs(point.little) > DISAGREEMENT:
+        yield f"latencies leave out {point.little:.1%} of the time in flight (Little's law)"
+    for name, error in (("usage", point.usage_error), ("/metrics", point.metrics_error)):
+        if error is not None and abs(error) > DISAGREEMENT:
+            yield f"tokens seen differ by {error:+.1%} from the server's {name}"
+    if point.requests < FLOORS["p50"]:
+        few = f"{point.requests} requests ended in {point.window_s:.1f} s"
+        yield f"too few samples: {few}, a median needs {FLOORS['p50']}"
 
 
 def decide(successes: int, count: int, share: float) -> Verdict:
     """Say whether a true share of successes is at least `share`, by the Wilson interval."""
-    raise NotImplementedError
+    interval = wilson(successes, count)
+    if interval.low >= share:
+        return "PASS"
+    return "FAIL" if interval.high < share else "UNRESOLVED"
 
 
 def judge(points: Sequence["Point"], slo: Slo) -> Outcome:
     """Judge the repeats of one load against the SLO, failures included."""
-    raise NotImplementedError
+    count, good = sum(p.requests for p in points), sum(p.good for p in points)
+    if any(point.overloaded for point in points):
+        return Outcome("FAIL", "more requests came than ended: there is no steady state")
+    verdict, interval = decide(good, count, slo.share), wilson(good, count)
+    if not count:
+        return Outcome(verdict, "no request ended")
+    within = f"{interval.low:.1%} to {interval.high:.1%}"
+    reason = (
+        f"{interval.value:.1%} of {count:,} requests had {slo} ({within}); {slo.share:.0%} should"
+    )
+    failed = sum(p.failed for p in points)
+    if failed:
+        first = min(p.first_error_s for p in points if p.first_error_s is not None)
+        kinds = ", ".join(dict.fromkeys(kind for p in points for kind in p.errors))
+        reason += f"; {failed:,} failed ({kinds}), the first {first:.1f} s into its run"
+    return Outcome(verdict, reason)
 
 
-def knee(points: Mapping[float, float]) -> float | None:
-    """Return the load (clients or rate) from which more of it brings little; None if none does.
+def knee(points: Sequence[tuple[float, float, float]]) -> float | None:
+    """Return the load with the most throughput for its latency: Kleinrock's power (1979).
 
-    `points` gives the throughput at each load.
+    Points are (load, throughput, mean latency). None where it is the highest load, as the knee may
+    lie beyond.
     """
-    raise NotImplementedError
+    power = {load: rate / latency for load, rate, latency in points if latency}
+    best = max(power, key=power.__getitem__, default=None)
+    return None if best is None or best == max(power) else best
