@@ -1,11 +1,24 @@
 """Sends requests to a server at a set concurrency or rate, and records what comes back."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import gc
+import itertools
+import json
+import math
+import random
+import resource
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bench.prompts import Spread
-from bench.records import Run
+from bench import prompts, sse
+from bench.prompts import Spread, Vocabulary
+from bench.records import Record, Run
+from bench.transport import Clock, Connection, Endpoint, Exchange
+from stack.errors import Code, StackError
 from stack.server import Server
 
 ERRORS = {
@@ -25,7 +38,23 @@ ERRORS = {
 """The classes of failure, and what each means. `Record.detail` has the particulars."""
 
 
+ARRIVALS = ("closed", "constant", "poisson", "ramp")
+PROMPTS = ("cold", "shared", "turns")
+PAUSE_S = 0.5
+"""How long a client of a closed loop holds back after a failure: it must not flood a server."""
+TICK_S = 0.01
+"""How often the event loop's lag is sampled."""
 _LENGTHS = Spread(96, 160)
+_OTHER_FILES = 256
+_TICKS_A_WATCH = 50
+_SLICE = 64
+_OK = 200
+_STATUSES: Mapping[int | None, str] = {
+    401: "unauthorized",
+    403: "unauthorized",
+    429: "busy",
+    503: "unavailable",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +79,7 @@ class Load:
     prompt: Spread = _LENGTHS
     """Tokens of a prompt, chat template included; of what each turn adds, with `turns`."""
     shared: int = 0
+    """Tokens of the common prefix, counted in those of the prompt."""
     turns: int = 1
     output: Spread = _LENGTHS
     """Tokens asked for (`max_tokens`)."""
@@ -77,7 +107,8 @@ class Snapshot(NamedTuple):
     """Of the answer that ended last."""
 
 
-Watch = Callable[[Snapshot], None]
+Watch = Callable[[Snapshot], bool | None]
+Tap = Callable[[Record, Exchange], None]
 
 
 class Interrupted(KeyboardInterrupt):  # it is none: Ctrl-C must stop who ignores it
@@ -92,6 +123,7 @@ def run(server: Server, load: Load, *, watch: Watch | None = None) -> Run:
     """Send a load to a server; what is under way at the end is cut.
 
     `watch` receives a Snapshot about twice a second, in the thread that sends: it must be quick.
+    The run ends when it returns True.
 
     Raises:
         StackError: USAGE for a load that makes no sense, HOST where the limit of open files is
@@ -99,4 +131,415 @@ def run(server: Server, load: Load, *, watch: Watch | None = None) -> Run:
         Interrupted: on Ctrl-C.
 
     """
-    raise NotImplementedError
+    check(load)
+    vocabulary = prompts.learn(server)
+    if load.prompt.low - load.shared < vocabulary.least:
+        raise _senseless(f"A prompt has {vocabulary.least} tokens of its own at the least.")
+    return drive(server.url, server.key, load, vocabulary, watch=watch)
+
+
+def drive(
+    url: str,
+    key: str,
+    load: Load,
+    vocabulary: Vocabulary,
+    *,
+    watch: Watch | None = None,
+    tap: Tap | None = None,
+) -> Run:
+    """Send a load to a URL with prompts of a vocabulary at hand; `tap` sees each raw exchange.
+
+    Raises as `run`, but never VERIFY.
+    """
+    _allow_files(load.clients)
+    driver = _Driver(url, key, load, vocabulary, watch=watch, tap=tap)
+    # What was made before the run need not be searched for garbage during it, and what a run makes
+    # is kept anyway.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        asyncio.run(driver.run())
+    except KeyboardInterrupt:
+        raise Interrupted(driver.result()) from None
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return driver.result()
+
+
+def check(load: Load) -> None:
+    """Refuse a load that makes no sense.
+
+    Raises:
+        StackError: USAGE.
+
+    """
+    open_loop = load.arrivals != "closed"
+    wrong = {
+        f"There are no {load.arrivals!r} arrivals": load.arrivals not in ARRIVALS,
+        f"There are no {load.prompts!r} prompts": load.prompts not in PROMPTS,
+        f"{load.clients} clients send nothing": load.clients < 1,
+        "An open loop needs a rate above 0": open_loop and not (load.rate and load.rate > 0),
+        "A closed loop has no rate": not open_loop and load.rate is not None,
+        "A run takes some time": load.duration_s <= 0 or load.warmup_s < 0,
+        f"{load.requests} requests are none": load.requests is not None and load.requests < 1,
+        "Lengths go from 1 up": not 1 <= load.prompt.low <= load.prompt.high
+        or not 1 <= load.output.low <= load.output.high,
+        "A prefix is for `shared` prompts, which need one": (load.prompts == "shared")
+        != (load.shared > 0),
+        "Several turns are for `turns` prompts, which need them": (load.prompts == "turns")
+        != (load.turns > 1),
+    }
+    for cause, holds in wrong.items():
+        if holds:
+            raise _senseless(f"{cause}.")
+
+
+def _senseless(cause: str) -> StackError:
+    return StackError(cause, "Change the load.", Code.USAGE)
+
+
+def _allow_files(clients: int) -> None:
+    """Raise the soft limit of open files where that many streams need it."""
+    needed = clients + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise StackError(
+                f"{clients} clients need {needed} open files, and this process may have {hard}.",
+                "Ask for fewer clients, or raise the hard limit (`ulimit -Hn`).",
+                Code.HOST,
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def schedule(load: Load) -> Iterator[float]:
+    """Yield when the requests of an open loop are due, in seconds after the start."""
+    rate, whole_s = load.rate or 0, load.warmup_s + load.duration_s
+    chance = random.Random(load.seed)  # noqa: S311
+    due_s = 0.0
+    for number in itertools.count():
+        if load.arrivals == "poisson":
+            due_s += chance.expovariate(rate)
+        elif load.arrivals == "ramp":  # number = rate · due² / (2 · whole)
+            due_s = math.sqrt(2 * number * whole_s / rate)
+        else:
+            due_s = number / rate
+        if due_s >= whole_s:
+            return
+        yield due_s
+
+
+class _Stream:
+    """One connection and one conversation."""
+
+    def __init__(self, client: int) -> None:
+        self.client = client
+        self.connection: Connection | None = None
+        self._messages: list[dict[str, str]] = []
+        self._turn = 0
+
+    def say(self, text: str, *, turns: int) -> list[dict[str, str]]:
+        """Return the conversation with a new message; a new one after so many turns."""
+        if self._turn % turns == 0:
+            self._messages = []
+        self._turn += 1
+        self._messages.append({"role": "user", "content": text})
+        return self._messages
+
+    def hear(self, answer: sse.Answer) -> None:
+        """Go on from an answer: with its reasoning, or the server's cache would be lost."""
+        message = {"role": "assistant", "content": answer.content}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        self._messages.append(message)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A request on its way to a Record."""
+
+    number: int
+    scheduled_ns: int
+    client: int = -1
+    exchange: Exchange = field(default_factory=Exchange)
+    answer: sse.Answer | None = None
+    reconnected: bool = False
+    cut: bool = False
+
+
+class _Driver:
+    """One run."""
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        load: Load,
+        vocabulary: Vocabulary,
+        *,
+        watch: Watch | None,
+        tap: Tap | None,
+    ) -> None:
+        self.load = load
+        self.vocabulary = vocabulary
+        self.watch = watch
+        self.tap = tap
+        self.endpoint = Endpoint(url)
+        self.clock = Clock()
+        self.head = (
+            f"POST {self.endpoint.path}/v1/chat/completions HTTP/1.1\r\n"
+            f"Host: {self.endpoint.authority}\r\n"
+            "Accept: text/event-stream\r\n"
+            "Content-Type: application/json\r\n"
+            + (f"Authorization: Bearer {key}\r\n" if key else "")
+            + "Content-Length: "
+        )
+        self.prefix = vocabulary.passage(load.shared) if load.shared else ""
+        self.numbers = itertools.count()
+        self.records: list[Record] = []
+        self.waiting: deque[_Request] = deque()
+        """Due, while every stream is busy."""
+        self.ended: asyncio.Queue[_Request | None] = asyncio.Queue()
+        self.in_flight: set[_Request] = set()
+        self.errors: Counter[str] = Counter()
+        self.finished = self.events = 0
+        self.ttft_ms: float | None = None
+        self.lags_ns: list[int] = []
+        self.begun_ns = self.warm_ns = self.ended_ns = self.cpu_ns = 0
+
+    def result(self) -> Run:
+        """Return what there is."""
+        return Run(
+            arrivals=self.load.arrivals,
+            clients=self.load.clients,
+            rate=self.load.rate,
+            seed=self.load.seed,
+            begun_ns=self.begun_ns,
+            warm_ns=self.warm_ns,
+            ended_ns=self.ended_ns,
+            records=tuple(sorted(self.records, key=lambda record: record.number)),
+            cpu_s=self.cpu_ns / 1e9,
+            lags_ns=tuple(self.lags_ns),
+        )
+
+    async def run(self) -> None:
+        """Send the load; on cancellation too, leave no task and no request unrecorded."""
+        loop = asyncio.get_running_loop()
+        streams = [_Stream(client) for client in range(self.load.clients)]
+        await asyncio.gather(*map(self._connect, streams), return_exceptions=True)
+        whole_s = self.load.warmup_s + self.load.duration_s
+        self.cpu_ns = -time.process_time_ns()
+        end_s = loop.time() + whole_s
+        self.begun_ns = time.perf_counter_ns()
+        self.warm_ns = self.begun_ns + round(self.load.warmup_s * 1e9)
+        self.ended_ns = self.begun_ns + round(whole_s * 1e9)
+        digesting = asyncio.create_task(self._digest())
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(end_s) as limit, asyncio.TaskGroup() as group:
+                    sampling = asyncio.create_task(self._sample(limit))
+                    if self.load.arrivals == "closed":
+                        for stream in streams:
+                            group.create_task(self._closed(stream))
+                    else:
+                        await self._open(streams, group)
+        finally:
+            self.ended_ns = min(self.ended_ns, time.perf_counter_ns())
+            for stream in streams:
+                if stream.connection:
+                    stream.connection.close()
+            for request in self.waiting:
+                request.cut = True
+                self.ended.put_nowait(request)
+            self.ended.put_nowait(None)
+            await digesting
+            self.cpu_ns += time.process_time_ns()
+            sampling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sampling
+
+    async def _closed(self, stream: _Stream) -> None:
+        """Send the next request when the last one ended."""
+        due_ns = self.begun_ns
+        while request := self._next(due_ns):
+            await self._send(stream, request)
+            if request.exchange.error or request.exchange.status != _OK:
+                await asyncio.sleep(PAUSE_S)
+            due_ns = time.perf_counter_ns()
+
+    async def _open(self, streams: list[_Stream], group: asyncio.TaskGroup) -> None:
+        """Send each request when it is due, or as soon after that as a stream is free."""
+        idle = streams[::-1]
+
+        async def serve(stream: _Stream, request: _Request) -> None:
+            await self._send(stream, request)
+            while self.waiting:
+                await self._send(stream, self.waiting.popleft())
+            idle.append(stream)  # the one used last goes first, while its connection is warm
+
+        for due_s in schedule(self.load):
+            due_ns = self.begun_ns + round(due_s * 1e9)
+            await asyncio.sleep((due_ns - time.perf_counter_ns()) / 1e9)
+            request = self._next(due_ns)
+            if request is None:
+                return
+            if idle:
+                group.create_task(serve(idle.pop(), request))
+            else:
+                self.waiting.append(request)
+
+    def _next(self, due_ns: int) -> _Request | None:
+        """Return the next request, if there is to be one."""
+        number = next(self.numbers)
+        if self.load.requests is not None and number >= self.load.requests:
+            return None
+        return _Request(number, due_ns)
+
+    async def _send(self, stream: _Stream, request: _Request) -> None:
+        """Send a request over a stream; whatever becomes of it is recorded."""
+        request.client = stream.client
+        body = self._body(stream, request)
+        self.in_flight.add(request)
+        try:
+            await self._carry(stream, body, request)
+            if self.load.prompts == "turns":
+                request.answer = await _parse(request.exchange)
+                stream.hear(request.answer)
+        except asyncio.CancelledError:
+            request.cut = True
+            raise
+        finally:
+            self.in_flight.remove(request)
+            self.events += len(request.exchange.pieces)
+            self.ended.put_nowait(request)
+
+    async def _carry(self, stream: _Stream, body: bytes, request: _Request) -> None:
+        """Send it, on a connection that is there already if the server still has that."""
+        while True:
+            try:
+                connection = await self._connect(stream)
+            except OSError as error:
+                refused = isinstance(error, ConnectionRefusedError)
+                request.exchange.error = "refused" if refused else "connect", str(error)
+                return
+            await connection.carry(
+                body, request.exchange, stall_s=self.load.stall_s, limit_s=self.load.limit_s
+            )
+            failure = request.exchange.error
+            lost = failure and failure[0] == "broken" and request.exchange.headers_ns is None
+            if not lost or connection.used == 1:
+                return
+            # The server closed an idle connection just then, which is its right.
+            request.exchange = Exchange()
+            request.reconnected = True
+
+    async def _connect(self, stream: _Stream) -> Connection:
+        """Return the stream's connection, a new one where needed. Raises OSError."""
+        if stream.connection and stream.connection.fresh:
+            return stream.connection
+        if stream.connection:
+            stream.connection.close()
+        stream.connection = await Connection.to(self.endpoint, self.clock)
+        return stream.connection
+
+    def _body(self, stream: _Stream, request: _Request) -> bytes:
+        """Return the bytes of a request; the seed and its number fix its lengths."""
+        load, chance = self.load, random.Random(f"{self.load.seed}/{request.number}")  # noqa: S311
+        text = self.vocabulary.text(load.prompt.draw(chance) - load.shared, after=self.prefix)
+        body = json.dumps(
+            {
+                "messages": stream.say(text, turns=load.turns),
+                "max_tokens": load.output.draw(chance),
+                "ignore_eos": load.ignore_eos,
+                "timings_per_token": load.timings_per_token,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "seed": chance.getrandbits(31),
+            }
+        )
+        return f"{self.head}{len(body)}\r\n\r\n{body}".encode()
+
+    async def _sample(self, limit: asyncio.Timeout) -> None:
+        """Watch the event loop, the clock and the progress; bring the end forward if told to."""
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        for tick in itertools.count(1):
+            due_s = begun_s + tick * TICK_S
+            await asyncio.sleep(due_s - loop.time())
+            self.lags_ns.append(round((loop.time() - due_s) * 1e9))
+            self.clock.sample()
+            if self.watch and tick % _TICKS_A_WATCH == 0 and self.watch(self._snapshot()):
+                limit.reschedule(loop.time())
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            elapsed_s=(time.perf_counter_ns() - self.begun_ns) / 1e9,
+            streams=len(self.in_flight),
+            finished=self.finished,
+            events=self.events + sum(len(each.exchange.pieces) for each in self.in_flight),
+            errors=dict(self.errors),
+            ttft_ms=self.ttft_ms,
+        )
+
+    async def _digest(self) -> None:
+        """Make records of what ended, a little at a time, so that nothing waits for it long."""
+        while request := await self.ended.get():
+            answer = request.answer or await _parse(request.exchange)
+            record = _record(request, answer)
+            self.records.append(record)
+            if record.error:
+                self.errors[record.error] += 1
+            elif not record.cut:
+                self.finished += 1
+                self.ttft_ms = (record.reads[0].at_ns - record.sent_ns) / 1e6
+            if self.tap:
+                self.tap(record, request.exchange)
+            await asyncio.sleep(0)
+
+
+async def _parse(exchange: Exchange) -> sse.Answer:
+    """Parse a body in slices of less than a millisecond."""
+    parser = sse.Parser()
+    for number, (at_ns, piece) in enumerate(exchange.pieces, 1):
+        parser.feed(at_ns, piece)
+        if number % _SLICE == 0:
+            await asyncio.sleep(0)
+    return parser.answer()
+
+
+def _record(request: _Request, answer: sse.Answer) -> Record:
+    exchange = request.exchange
+    error, detail = (None, "") if request.cut else _failure(exchange, answer)
+    return Record(
+        client=request.client,
+        number=request.number,
+        scheduled_ns=request.scheduled_ns,
+        sent_ns=exchange.sent_ns or exchange.end_ns,
+        headers_ns=exchange.headers_ns,
+        answer_ns=answer.answer_ns,
+        end_ns=exchange.end_ns,
+        reads=answer.reads,
+        exact=answer.exact,
+        prompt_tokens=answer.prompt_tokens,
+        cached_tokens=answer.cached_tokens,
+        output_tokens=answer.output_tokens,
+        timings=answer.timings,
+        finish=answer.finish,
+        error=error,
+        detail=detail,
+        reconnected=request.reconnected,
+        kernel=exchange.kernel and bool(answer.reads),
+        cut=request.cut,
+    )
+
+
+def _failure(exchange: Exchange, answer: sse.Answer) -> tuple[str | None, str]:
+    """Return the class of a failure and its particulars; None and nothing for a whole answer."""
+    if exchange.error and answer.error != "event":
+        return exchange.error
+    if exchange.status != _OK:
+        body = b"".join(piece for _, piece in exchange.pieces)[:300].decode(errors="replace")
+        return _STATUSES.get(exchange.status, "http"), f"HTTP {exchange.status}: {body}"
+    return answer.error, answer.detail
