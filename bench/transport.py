@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-_SO_TIMESTAMPNS: Final = 35 if sys.platform == "linux" and sys.maxsize > 2**32 else None
+SO_TIMESTAMPNS: Final = 35 if sys.platform == "linux" and sys.maxsize > 2**32 else None
 """Linux's number, which Python has no name for; with it a stamp is two 64-bit words."""
 _TIMESPEC = struct.Struct("qq")
 _ANCILLARY = socket.CMSG_SPACE(_TIMESPEC.size)
@@ -70,8 +70,8 @@ def prepare(sock: socket.socket) -> None:
     """Make a socket fit for `Clock.receive`, and send at once."""
     sock.settimeout(0)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if _SO_TIMESTAMPNS:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+    if SO_TIMESTAMPNS:
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ class Scripted:
         self.sent_ns: list[int] = []
         """When each piece of the scripts was sent."""
         self.awake = threading.Event()
-        self.awake.set()
+        self.awake.set()  # cleared, it neither reads nor writes
         self.tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self._socks: list[socket.socket] = []
@@ -66,13 +66,15 @@ class Scripted:
                 self._start(self._serve, sock)
 
     def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            wire = self.tls.wrap_socket(sock, server_side=True) if self.tls else sock
-            while body := _request(wire):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError), self._dress(sock) as wire:
+            while self.awake.wait() and (body := _request(wire)):
                 number = len(self.requests)
                 self.requests.append(json.loads(body))
                 self._play(wire, self.scripts[min(number, len(self.scripts) - 1)])
+
+    def _dress(self, sock: socket.socket) -> socket.socket:
+        return self.tls.wrap_socket(sock, server_side=True) if self.tls else sock
 
     def _play(self, sock: socket.socket, script: Script) -> None:
         due_s = time.perf_counter()
@@ -115,11 +117,12 @@ def _request(sock: socket.socket) -> bytes:
         if not part:
             return b""
         data += part
-    head, _, body = data.partition(b"\r\n\r\n")
+    head, _, rest = data.partition(b"\r\n\r\n")
+    body = bytearray(rest)
     length = re.search(rb"Content-Length: (\d+)", head)
     while length and len(body) < int(length[1]):
         body += sock.recv(65536)
-    return body
+    return bytes(body)
 
 
 HEADERS = (
