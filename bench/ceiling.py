@@ -10,17 +10,28 @@ C streams side by side in T_TG, without sampling:
 
     decode ceiling  = C N / T_TG                 prefill ceiling = C P / T_PP
     whole ceiling   = C N / (T_PP + T_TG)        (output tokens over the whole time)
+
+Served over ceiling, at C clients of a closed loop and S slots:
+
+    whole   = (output tokens stamped in the window / its length) / whole ceiling
+    decode  = min(C, S) x (tokens / time of one stream's gaps in the window) / decode ceiling
+
+The first asks for all that serving costs: HTTP, tokenizer, templates, sampling, scheduling, slots
+that wait. The second leaves out prompts and waiting: what one step costs, and how many share it.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stack.config import Service
 from stack.errors import Code, StackError
 from stack.runtime import Runtime
+
+if TYPE_CHECKING:
+    from bench.analysis import Point
 
 REPEATS = 3
 LIMIT_S = 900
@@ -74,6 +85,27 @@ class Ceiling:
     def at(self, streams: int) -> Streams | None:
         """Return the rates with so many streams; None where they did not fit or were not asked."""
         return next((each for each in self.streams if each.streams == streams), None)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is served of the engine's ceiling; see the formulas above."""
+
+    whole: float
+    decode: float | None
+
+
+def share(point: "Point", slots: int | None, top: Ceiling | None) -> Share | None:
+    """Hold a run against the ceiling; None for an open loop, or where there is no such ceiling."""
+    engine = top.at(point.clients) if top and point.rate is None else None
+    if engine is None:
+        return None
+    side_by_side = min(point.clients, slots or point.clients)
+    rate = point.decode_tokens_s
+    return Share(
+        point.tokens_s / engine.whole_tokens_s,
+        side_by_side * rate / engine.decode_tokens_s if rate else None,
+    )
 
 
 def measure(

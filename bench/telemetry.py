@@ -7,6 +7,7 @@ the server or /proc lacks is None or absent, never 0.
 import bisect
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -37,7 +38,7 @@ PROCESSING = "requests_processing"
 DEFERRED = "requests_deferred"
 _KEPT = (PREDICTED, PROMPT, DECODES, PROCESSING, DEFERRED)
 _THROTTLED = 0.05  # of the readings; one moment of a power limit is not a throttled run
-_START_S = 30
+_PATIENCE_S = 30
 _IDLE_S = 60
 
 
@@ -92,6 +93,7 @@ class Telemetry:
         self.readings: list[Reading] = []
         self.failure: str | None = None
         self.cores: float | None = None
+        self._asked = False
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         task = _Task(
@@ -110,16 +112,14 @@ class Telemetry:
         """Wait for the first sample."""
         self._process.start()
         self._theirs.close()
-        self._ask("more")
-        if self._pipe.poll(_START_S):
-            self._take()
+        self.update()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Take what there is and end the sampler."""
         with contextlib.suppress(OSError):
-            self._ask("end")
-            while self._pipe.poll(_START_S) and self._take():
+            self._pipe.send("end")
+            while self._pipe.poll(_PATIENCE_S) and self._take():
                 pass
         self._pipe.close()
         self._process.join(1)
@@ -129,11 +129,25 @@ class Telemetry:
     @property
     def latest(self) -> tuple[Sample | None, Reading | None]:
         """The newest of each that has come; never waits."""
-        with contextlib.suppress(OSError):
-            if self._pipe.poll() and self._take():
-                self._ask("more")
+        if self._asked and self._pipe.poll():
+            self._take()
+        self._ask()
         sample = self.samples[-1] if self.samples else None
         return sample, self.readings[-1] if self.readings else None
+
+    def update(self, until_ns: int = 0) -> None:
+        """Wait for the GPU's readings up to a moment, and for the samples up to now."""
+
+        def enough() -> bool | None:
+            self._ask()
+            if self.failure is None and self._pipe.poll(_PATIENCE_S):
+                self._take()
+            last_ns = self.readings[-1].time_s * 1e9 if self.readings else math.inf
+            return self.failure is not None or last_ns >= until_ns or None
+
+        with contextlib.suppress(WaitTimeoutError):
+            for _ in range(2):  # the first answer may be to an earlier question
+                wait_until(enough, timeout_s=_PATIENCE_S, what="no readings", interval_s=0.1)
 
     def span(self, begin_ns: int, end_ns: int) -> Span:
         """Sum up what was sampled between two moments of `perf_counter_ns`."""
@@ -180,11 +194,15 @@ class Telemetry:
                         points.setdefault(short, []).append(pair)
         return {name: tuple(pairs) for name, pairs in points.items()}
 
-    def _ask(self, what: str) -> None:
-        self._pipe.send(what)
+    def _ask(self) -> None:
+        if not self._asked:
+            with contextlib.suppress(OSError):
+                self._pipe.send("more")
+                self._asked = True
 
     def _take(self) -> bool:
         """Receive one answer; return whether more may come."""
+        self._asked = False
         try:
             answer: _Answer = self._pipe.recv()
         except (EOFError, OSError):
@@ -320,7 +338,8 @@ def _sample(session: httpx.Client, task: _Task) -> Sample:
     with contextlib.suppress(httpx.HTTPError, ValueError):
         told = client.metrics(session)
     at_ns = time.perf_counter_ns()
-    own = (pid for pid in (task.client, *children(task.client)) if pid != os.getpid())
+    others = {os.getpid(), *(each.pid for each in task.processes)}  # a native server is our child
+    own = {task.client, *children(task.client)} - others
     server_cpu_s, server_mib = _used(task.processes)
     client_cpu_s, client_mib = _used(filter(None, map(Process.of, own)))
     return Sample(

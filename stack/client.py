@@ -249,8 +249,14 @@ def _get(server: Server, path: str) -> Mapping[str, Any]:
     try:
         with session(server) as client:
             answer = client.get(path)
+        if answer.status_code in (401, 403):
+            raise StackError(
+                f"{server.url} refuses the key ({answer.status_code}).",
+                "Give the server's own key, an attached server's with --key-file.",
+                Code.VERIFY,
+            )
         answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise _refused(server, str(error)) from error
+        raise _refused(server, str(error).partition("\n")[0]) from error
     found: Mapping[str, Any] = answer.json()
     return found

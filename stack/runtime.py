@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]
 """Receives what is being done, and how much of how much is done."""
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     """Show nothing."""
 
 
@@ -81,12 +81,12 @@ class Up:
     """What the engine told of this start; None where it was up before."""
 
 
-def native(project: Project, progress: Progress = _silent) -> Native:
+def native(project: Project, progress: Progress = silent) -> Native:
     """Return the native runtime."""
     return Native(project, progress=lambda done, total: progress("engine", done, total))
 
 
-def choose(project: Project, *, want: str | None = None, progress: Progress = _silent) -> Runtime:
+def choose(project: Project, *, want: str | None = None, progress: Progress = silent) -> Runtime:
     """Return the runtime named `docker` or `native`; None takes Docker where an engine is.
 
     An engine that is there and does not answer is an error, not a reason to run natively.
@@ -119,7 +119,7 @@ def present(project: Project) -> list[Runtime]:
 
 
 def build(
-    runtime: Runtime, project: Project, service: Service, *, progress: Progress = _silent
+    runtime: Runtime, project: Project, service: Service, *, progress: Progress = silent
 ) -> None:
     """Build the engine for a service. Raises StackError, mostly BUILD."""
     runtime.check()
@@ -127,7 +127,7 @@ def build(
     runtime.build(service, source=source)
 
 
-def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _silent) -> Header:
+def ensure_model(service: Service, *, stand_in: bool, progress: Progress = silent) -> Header:
     """Make sure that the service's model file is there and sound; return its header.
 
     With `stand_in`, or for a model without a repository (tiny), a missing one is made of random
@@ -162,7 +162,7 @@ def up(
     service: Service,
     *,
     stand_in: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Up:
     """Serve a quant: build, make or check, start, wait, and see it generate.
 
