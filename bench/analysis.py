@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from statistics import fmean, median
 
+from bench.generator import TICK_S
 from bench.records import Record, Run
 from bench.stats import Spread, jain, spread
 from bench.verdict import STEADY, Slo
@@ -19,7 +20,7 @@ DIP_NS = 50_000_000
 """A client between two requests is in flight no less; `concurrency` shows what that hides."""
 STALL = 5
 """A gap above so many times the median one is a stall."""
-BINS = 20
+BINS = 40
 """Of the histogram, to a factor of ten."""
 SLICES = 120
 """The most that a time line has; none is shorter than a tenth of a second."""
@@ -144,7 +145,7 @@ class Point:
     """How late the event loop came back."""
 
     itl_histogram: tuple[tuple[float, int], ...]
-    """(lower bound in ms, tokens); each bin is 10^(1/20) wide."""
+    """(lower bound in ms, tokens); each bin is 10^(1/40) wide, 6 %."""
     timeline: tuple[Slice, ...]
 
     @property
@@ -322,7 +323,8 @@ def analyse(run: Run, slo: Slo, *, server_tokens: int | None = None) -> Point:
     cached = sum(r.cached_tokens or 0 for r in prompts)
     good = sum(meets(r, slo, scheduled=opened) for r in whole)
     failures = [r for r in records if r.error is not None and not r.cut]
-    lags = sorted(run.lags_ns)
+    ticks = (round((at - run.begun_ns) / _S / TICK_S) for at in (inside.begin_ns, inside.end_ns))
+    lags = sorted(run.lags_ns[slice(*ticks)])
     icl, itl = sorted(tokens.icl), sorted(tokens.itl)
     stall_ms = STALL * median(icl) if icl else 0
     return Point(
@@ -340,7 +342,9 @@ def analyse(run: Run, slo: Slo, *, server_tokens: int | None = None) -> Point:
         errors=dict(Counter(r.error or "" for r in failures).most_common()),
         first_error_s=min(((r.end_ns - run.begun_ns) / _S for r in failures), default=None),
         client_queue=spread(
-            (r.sent_ns - r.scheduled_ns) / _MS for r in records if r.sent_ns in inside
+            (r.sent_ns - r.scheduled_ns) / _MS
+            for r in records
+            if r.sent_ns in inside and r.client >= 0  # else it never got a stream
         ),
         queue=spread(_known(_ms(r.sent_ns, r.headers_ns) for r in split), failed),
         prefill=spread(_known(map(_prefill, split)), failed),

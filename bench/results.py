@@ -96,6 +96,8 @@ class Summary:
     """The engine's own rates, measured in the same session."""
     interrupted: str | None = None
     """Why it ended early."""
+    verdict: str | None = None
+    """Its last line: VALID or INVALID, then PASS, FAIL or UNRESOLVED, and why; None till then."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def by_load(measurements: Iterable[Measurement]) -> dict[Load, list[Measurement]
 def name_of(load: Load) -> str:
     """Say a load in two words."""
     arrivals, clients, rate = load
-    return f"{clients} clients" if rate is None else f"{rate:g}/s {arrivals}"
+    few = f"{clients} client" + "s" * (clients != 1)
+    return few if rate is None else f"{rate:g}/s {arrivals}"
 
 
 def compare(new: Summary, old: Summary, *, threshold: float = THRESHOLD) -> tuple[Change, ...]:

@@ -5,26 +5,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
+from bench.calibration import LATE_MS, LIMIT, Calibration
 from bench.stats import FLOORS, wilson
 from stack.errors import Code, StackError
 
 if TYPE_CHECKING:
     from bench.analysis import Point
-    from bench.calibration import Calibration
 
 Verdict = Literal["PASS", "FAIL", "UNRESOLVED"]
 """What the samples prove at 95 % confidence: the one, the other, or neither."""
 
-ERROR = 0.1
-"""The client's error may be so much of what it measures."""
 CPU = 0.8
 COALESCED = 0.05
 STEADY = 0.95
 """The share of the clients that is in flight, all through the window and in its mean."""
 DISAGREEMENT = 0.02
 """Of token counts, and of Little's law."""
-LAG_MS = 4
-"""How late the event loop may come back where stamps are the kernel's and do not suffer from it."""
 SEND_MS = 1
 """A schedule delay below it is no fault, however short the TTFT."""
 
@@ -82,7 +78,7 @@ class Outcome:
 
 
 def faults(
-    point: "Point", calibration: "Calibration | None", *, throttled: Sequence[str] = ()
+    point: "Point", calibration: Calibration | None, *, throttled: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Say why a run is INVALID, one line a reason; nothing where it is VALID.
 
@@ -94,22 +90,24 @@ def faults(
     return (*_of_client(point, calibration), *_of_samples(point), *slowed)
 
 
-def _of_client(point: "Point", calibration: "Calibration | None") -> Iterator[str]:
+def _of_client(point: "Point", calibration: Calibration | None) -> Iterator[str]:
     itl_ms, ttft_ms = point.itl.mean or 0, point.ttft.mean or 0
     coalesced, lag_ms = point.coalesced or 0, point.lag_p99 or 0
     delay_ms = point.client_queue.mean or 0
     if calibration is None:
         yield "the client was not calibrated"
-    elif itl_ms and calibration.receive_p99_ms > ERROR * itl_ms:
+    elif calibration.reason:
+        yield calibration.reason
+    elif itl_ms and calibration.receive_p99_ms > LIMIT * itl_ms:
         error = f"{calibration.receive_p99_ms:.2f} ms, the time between tokens {itl_ms:.2f} ms"
         yield f"the client's error is {error}"
     if point.client_cpu > CPU:
-        yield f"the client was busy {point.client_cpu:.0%} of the time"
+        yield f"the client was busy {100 * point.client_cpu:.0f} % of the time"
     if coalesced > COALESCED:
-        yield f"{coalesced:.0%} of the reads held several events, which share a stamp"
-    if lag_ms > max(LAG_MS if point.kernel == 1 else 0, ERROR * itl_ms):
+        yield f"{100 * coalesced:.0f} % of the reads held several events, which share a stamp"
+    if lag_ms > max(LATE_MS if point.kernel == 1 else 0, LIMIT * itl_ms):
         yield f"the client's event loop came back {lag_ms:.1f} ms late"
-    if delay_ms > max(SEND_MS, ERROR * ttft_ms) and not point.overloaded:
+    if delay_ms > max(SEND_MS, LIMIT * ttft_ms) and not point.overloaded:
         yield f"requests were sent {delay_ms:.1f} ms after they were due"
 
 
@@ -117,10 +115,10 @@ def _of_samples(point: "Point") -> Iterator[str]:
     if point.rate is None and point.concurrency < STEADY * point.clients:
         yield f"only {point.concurrency:.1f} of {point.clients} clients were in flight"
     if abs(point.little) > DISAGREEMENT:
-        yield f"latencies leave out {point.little:.1%} of the time in flight (Little's law)"
+        yield f"latencies leave out {100 * point.little:.1f} % of the time in flight (Little's law)"
     for name, error in (("usage", point.usage_error), ("/metrics", point.metrics_error)):
         if error is not None and abs(error) > DISAGREEMENT:
-            yield f"tokens seen differ by {error:+.1%} from the server's {name}"
+            yield f"tokens seen differ by {100 * error:+.1f} % from the server's {name}"
     if point.requests < FLOORS["p50"]:
         few = f"{point.requests} requests ended in {point.window_s:.1f} s"
         yield f"too few samples: {few}, a median needs {FLOORS['p50']}"
@@ -142,9 +140,10 @@ def judge(points: Sequence["Point"], slo: Slo) -> Outcome:
     verdict, interval = decide(good, count, slo.share), wilson(good, count)
     if not count:
         return Outcome(verdict, "no request ended")
-    within = f"{interval.low:.1%} to {interval.high:.1%}"
+    low, high = (f"{100 * each:.1f} %" for each in (interval.low, interval.high))
     reason = (
-        f"{interval.value:.1%} of {count:,} requests had {slo} ({within}); {slo.share:.0%} should"
+        f"{100 * interval.value:.1f} % of {count:,} requests had {slo} ({low} to {high}); "
+        f"{100 * slo.share:.0f} % should"
     )
     failed = sum(p.failed for p in points)
     if failed:

@@ -73,15 +73,15 @@ def constant(value: float) -> Spread:
     ("changes", "reason"),
     [
         ({"window_s": 0}, "no steady window: never 4 in flight"),
-        ({"client_cpu": 0.81}, "the client was busy 81%"),
-        ({"coalesced": 0.06}, "6% of the reads held several events"),
+        ({"client_cpu": 0.81}, "the client was busy 81 %"),
+        ({"coalesced": 0.06}, "6 % of the reads held several events"),
         ({"lag_p99": 5.1}, "event loop came back 5.1 ms late"),
         ({"lag_p99": 2.1, "kernel": 0}, "event loop came back 2.1 ms late"),
         ({"client_queue": constant(21)}, "requests were sent 21.0 ms after they were due"),
         ({"concurrency": 3.7}, "only 3.7 of 4 clients were in flight"),
-        ({"little": 0.03}, "latencies leave out 3.0% of the time in flight"),
-        ({"usage_error": -0.03}, "tokens seen differ by -3.0% from the server's usage"),
-        ({"metrics_error": 0.03}, "tokens seen differ by +3.0% from the server's /metrics"),
+        ({"little": 0.03}, "latencies leave out 3.0 % of the time in flight"),
+        ({"usage_error": -0.03}, "tokens seen differ by -3.0 % from the server's usage"),
+        ({"metrics_error": 0.03}, "tokens seen differ by +3.0 % from the server's /metrics"),
         ({"requests": 10}, "too few samples: 10 requests ended in 20.0 s, a median needs 11"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -95,7 +95,7 @@ def test_run_is_invalid_when_it_says_so_itself(changes: dict[str, Any], reason: 
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"client_cpu": 0.79}, {"coalesced": 0.05}, {"lag_p99": 3.9}, {"usage_error": 0.02}),
+        *({"client_cpu": 0.79}, {"coalesced": 0.05}, {"lag_p99": 2.9}, {"usage_error": 0.02}),
         *({"lag_p99": 1.9, "kernel": 0}, {"little": -0.019}, {"requests": 11}),
         {"client_queue": constant(19)},
     ],
@@ -109,6 +109,12 @@ def test_run_with_more_than_a_tenth_of_itl_as_error_is_invalid() -> None:
     (fault,) = verdict.faults(VALID, replace(CALIBRATION, receive_p99_ms=2.1))
 
     assert fault == "the client's error is 2.10 ms, the time between tokens 20.00 ms"
+
+
+def test_run_with_a_client_that_failed_its_calibration_is_invalid() -> None:
+    calibration = replace(CALIBRATION, reason="the client errs by 9 ms in TTFT (p99)")
+
+    assert verdict.faults(VALID, calibration) == (calibration.reason,)
 
 
 def test_run_that_was_not_calibrated_is_invalid() -> None:
@@ -139,8 +145,8 @@ def test_verdict_says_why() -> None:
     outcome = verdict.judge([replace(VALID, requests=1000, good=900)], Slo())
 
     assert outcome.reason == (
-        "90.0% of 1,000 requests had TTFT within 500 ms and TPOT within 30 ms"
-        " (88.0% to 91.7%); 95% should"
+        "90.0 % of 1,000 requests had TTFT within 500 ms and TPOT within 30 ms"
+        " (88.0 % to 91.7 %); 95 % should"
     )
 
 
