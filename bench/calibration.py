@@ -20,7 +20,7 @@ LIMIT = 0.1
 LATE_MS = 3
 """What is let pass, however short the time between tokens, of the error in TTFT and of the event
 loop's lag: an idle machine's timers and scheduler take half of it."""
-_WARMUP_S = 1
+WARMUP_S = 1
 _TTFT_MS = 100
 _SENT = re.compile(rb'"sent_ns":"(\d+)"')
 _RECEIVED = re.compile(rb'"received_ns":"(\d+)"')
@@ -67,7 +67,7 @@ def calibrate(streams: int, *, itl_ms: float, tokens: int = 128) -> Calibration:
     """
     output = Spread(max(1, tokens * 3 // 4), max(1, tokens * 5 // 4))
     answer_s = (_TTFT_MS + tokens * itl_ms) / 1e3
-    load = Load(clients=streams, warmup_s=_WARMUP_S, duration_s=2 * answer_s, output=output)
+    load = Load(clients=streams, warmup_s=WARMUP_S, duration_s=2 * answer_s, output=output)
     raw: list[tuple[Record, Exchange]] = []
     with reference.serving(ttft_ms=_TTFT_MS, itl_ms=itl_ms) as url:
         words = prompts.vocabulary([(" word", 1)], 0)
@@ -110,7 +110,7 @@ def _judge(run: Run, truths: Sequence[_Truth], *, itl_ms: float) -> Calibration:
         ttft_p99_ms=_rank(sorted(abs(truth.ttft_ns) for truth in truths), 0.99) / 1e6,
         cpu_us=run.cpu_s * 1e6 / len(receive_ns),
         shared=sum(read.events > 1 for read in reads) / len(reads),
-        lag_p99_ms=_rank(sorted(run.lags_ns[round(_WARMUP_S / TICK_S) :]), 0.99) / 1e6,
+        lag_p99_ms=_rank(sorted(run.lags_ns[round(WARMUP_S / TICK_S) :]), 0.99) / 1e6,
     )
     return replace(measured, reason=_reason(measured))
 

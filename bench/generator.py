@@ -44,9 +44,9 @@ PAUSE_S = 0.5
 """How long a client of a closed loop holds back after a failure: it must not flood a server."""
 TICK_S = 0.01
 """How often the event loop's lag is sampled."""
+WATCH_TICKS = 50
 _LENGTHS = Spread(96, 160)
 _OTHER_FILES = 256
-_TICKS_A_WATCH = 50
 _SLICE = 64
 _OK = 200
 _STATUSES: Mapping[int | None, str] = {
@@ -153,10 +153,7 @@ def drive(
     """
     _allow_files(load.clients)
     driver = _Driver(url, key, load, vocabulary, watch=watch, tap=tap)
-    # What was made before the run need not be searched for garbage during it, and what a run makes
-    # is kept anyway.
-    gc.collect()
-    gc.freeze()
+    # A collection would hold the event loop up, and what a run makes is kept anyway.
     gc.disable()
     try:
         asyncio.run(driver.run())
@@ -164,7 +161,6 @@ def drive(
         raise Interrupted(driver.result()) from None
     finally:
         gc.enable()
-        gc.unfreeze()
     return driver.result()
 
 
@@ -250,6 +246,9 @@ class _Stream:
 
     def hear(self, answer: sse.Answer) -> None:
         """Go on from an answer: with its reasoning, or the server's cache would be lost."""
+        if answer.error:
+            self._turn = 0
+            return
         message = {"role": "assistant", "content": answer.content}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
@@ -297,7 +296,7 @@ class _Driver:
             + "Content-Length: "
         )
         self.prefix = vocabulary.passage(load.shared) if load.shared else ""
-        self.numbers = itertools.count()
+        self.number = 0
         self.records: list[Record] = []
         self.waiting: deque[_Request] = deque()
         """Due, while every stream is busy."""
@@ -351,7 +350,7 @@ class _Driver:
                 if stream.connection:
                     stream.connection.close()
             for request in self.waiting:
-                request.cut = True
+                request.cut, request.exchange.end_ns = True, self.ended_ns
                 self.ended.put_nowait(request)
             self.ended.put_nowait(None)
             await digesting
@@ -365,7 +364,8 @@ class _Driver:
         due_ns = self.begun_ns
         while request := self._next(due_ns):
             await self._send(stream, request)
-            if request.exchange.error or request.exchange.status != _OK:
+            failed = request.exchange.error or request.exchange.status != _OK
+            if failed and self._more():
                 await asyncio.sleep(PAUSE_S)
             due_ns = time.perf_counter_ns()
 
@@ -392,10 +392,13 @@ class _Driver:
 
     def _next(self, due_ns: int) -> _Request | None:
         """Return the next request, if there is to be one."""
-        number = next(self.numbers)
-        if self.load.requests is not None and number >= self.load.requests:
+        if not self._more():
             return None
-        return _Request(number, due_ns)
+        self.number += 1
+        return _Request(self.number - 1, due_ns)
+
+    def _more(self) -> bool:
+        return self.load.requests is None or self.number < self.load.requests
 
     async def _send(self, stream: _Stream, request: _Request) -> None:
         """Send a request over a stream; whatever becomes of it is recorded."""
@@ -411,6 +414,7 @@ class _Driver:
             request.cut = True
             raise
         finally:
+            request.exchange.end_ns = request.exchange.end_ns or time.perf_counter_ns()
             self.in_flight.remove(request)
             self.events += len(request.exchange.pieces)
             self.ended.put_nowait(request)
@@ -470,8 +474,13 @@ class _Driver:
             await asyncio.sleep(due_s - loop.time())
             self.lags_ns.append(round((loop.time() - due_s) * 1e9))
             self.clock.sample()
-            if self.watch and tick % _TICKS_A_WATCH == 0 and self.watch(self._snapshot()):
-                limit.reschedule(loop.time())
+            if self.watch and tick % WATCH_TICKS == 0:
+                stop = True  # where it fails, too
+                try:
+                    stop = bool(self.watch(self._snapshot()))
+                finally:
+                    if stop:
+                        limit.reschedule(loop.time())
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(

@@ -18,7 +18,8 @@ class End(Enum):
     RESET = "RST"
 
 
-Script = Sequence[bytes | float | End]
+Step = bytes | float | End
+Script = Sequence[Step]
 """What to send, seconds to wait before the next, how to end the connection."""
 
 
@@ -28,10 +29,12 @@ class Scripted:
     def __init__(self, *scripts: Script, tls: ssl.SSLContext | None = None) -> None:
         self.scripts = scripts
         self.requests: list[dict[str, Any]] = []
+        self.keys: list[str] = []
         self.connections = 0
         self.sent_ns: list[int] = []
         """When each piece of the scripts was sent."""
         self.awake = threading.Event()
+        self._over = threading.Event()
         self.awake.set()  # cleared, it neither reads nor writes
         self.tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -45,6 +48,7 @@ class Scripted:
 
     def die(self) -> None:
         """Stop listening and reset what is open, as a crash does."""
+        self._over.set()
         # The thread in accept() would keep a socket that is merely closed.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -68,7 +72,9 @@ class Scripted:
     def _serve(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(OSError), self._dress(sock) as wire:
-            while self.awake.wait() and (body := _request(wire)):
+            while self.awake.wait() and (request := _request(wire)):
+                key, body = request
+                self.keys.append(key)
                 number = len(self.requests)
                 self.requests.append(json.loads(body))
                 self._play(wire, self.scripts[min(number, len(self.scripts) - 1)])
@@ -85,7 +91,8 @@ class Scripted:
                 sock.sendall(step)
             elif isinstance(step, float):
                 due_s += step
-                time.sleep(max(0, due_s - time.perf_counter()))
+                if self._over.wait(max(0, due_s - time.perf_counter())):
+                    raise ConnectionAbortedError
             else:
                 if step is End.RESET:
                     _reset(sock)
@@ -109,20 +116,21 @@ def _reset(sock: socket.socket) -> None:
         sock.close()
 
 
-def _request(sock: socket.socket) -> bytes:
-    """Return the body of the next request; nothing when the client closed."""
+def _request(sock: socket.socket) -> tuple[str, bytes] | None:
+    """Return the key and the body of the next request; None when the client closed."""
     data = b""
     while b"\r\n\r\n" not in data:
         part = sock.recv(65536)
         if not part:
-            return b""
+            return None
         data += part
     head, _, rest = data.partition(b"\r\n\r\n")
     body = bytearray(rest)
     length = re.search(rb"Content-Length: (\d+)", head)
     while length and len(body) < int(length[1]):
         body += sock.recv(65536)
-    return bytes(body)
+    key = re.search(rb"Authorization: (.+?)\r\n", data)
+    return key[1].decode() if key else "", bytes(body)
 
 
 HEADERS = (
