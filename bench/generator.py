@@ -37,7 +37,6 @@ ERRORS = {
 }
 """The classes of failure, and what each means. `Record.detail` has the particulars."""
 
-
 ARRIVALS = ("closed", "constant", "poisson", "ramp")
 PROMPTS = ("cold", "shared", "turns")
 PAUSE_S = 0.5
@@ -74,7 +73,7 @@ class Load:
     requests: int | None = None
     """Send no more than so many, and wait for them; None sends until the time is up."""
     prompts: str = "cold"
-    """`cold` (each differs from its first token), `shared` (a common prefix of `shared` tokens)
+    """`cold` (new words from the first on), `shared` (a common prefix of `shared` tokens)
     or `turns` (each client goes on with its conversation, `turns` times)."""
     prompt: Spread = _LENGTHS
     """Tokens of a prompt, chat template included; of what each turn adds, with `turns`."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.records import Read
 
@@ -27,6 +27,15 @@ class Answer:
     reasoning: str
 
 
+class _Event(NamedTuple):
+    """An event that bore tokens, or told how many there are."""
+
+    at_ns: int
+    made: int | None
+    """`timings.predicted_n`."""
+    bears: bool
+
+
 class Parser:
     """Takes a body piece by piece, however it was split.
 
@@ -38,8 +47,7 @@ class Parser:
         self._line = b""
         self._data: list[bytes] = []
         self._done = False
-        self._bearing: list[tuple[int, int | None]] = []
-        """Stamp and `predicted_n` of each event that bore tokens."""
+        self._events: list[_Event] = []
         self._answer_ns: int | None = None
         self._usage: Mapping[str, Any] = {}
         self._timings: Mapping[str, float] = {}
@@ -76,29 +84,35 @@ class Parser:
         self._usage = chunk.get("usage") or self._usage
         timings = chunk.get("timings")
         self._timings = timings or self._timings
+        bears = False
         for choice in chunk["choices"]:
             self._finish = choice.get("finish_reason") or self._finish
             delta = choice["delta"]
             content, reasoning = delta.get("content"), delta.get("reasoning_content")
             answers = bool(content or delta.get("tool_calls"))
             if answers or reasoning:
-                self._bearing.append((at_ns, timings["predicted_n"] if timings else None))
+                bears = True
                 self._content.append(content or "")
                 self._reasoning.append(reasoning or "")
             if answers and self._answer_ns is None:
                 self._answer_ns = at_ns
+        # Once the answer has begun, the server's count tells of tokens that show nothing, too: an
+        # end of turn, the first bytes of a character.
+        if bears or (self._events and timings):
+            made = timings["predicted_n"] if timings else None
+            self._events.append(_Event(at_ns, made, bears))
 
     def answer(self) -> Answer:
         """Return what came so far."""
-        exact = bool(self._bearing) and None not in {made for _, made in self._bearing}
+        exact = bool(self._events) and all(event.made is not None for event in self._events)
         error = self._error
-        if not error and not self._bearing:
+        if not error and not self._events:
             error = "empty", "no token came"
         if not error and not (self._finish and self._usage):
             error = "partial", f"no {'usage' if self._finish else 'finish reason'} came"
         details = self._usage.get("prompt_tokens_details") or {}
         return Answer(
-            reads=tuple(_reads(self._bearing, exact=exact)),
+            reads=tuple(_reads(self._events, exact=exact)),
             exact=exact,
             answer_ns=self._answer_ns,
             prompt_tokens=self._usage.get("prompt_tokens"),
@@ -121,20 +135,22 @@ def parse(pieces: Iterable[tuple[int, bytes]]) -> Answer:
     return parser.answer()
 
 
-def _reads(bearing: Iterable[tuple[int, int | None]], *, exact: bool) -> list[Read]:
-    """Join the events of each read.
+def _reads(events: Iterable[_Event], *, exact: bool) -> list[Read]:
+    """Join the events of each read; one with no new token is none that bore tokens.
 
-    A server may spread one token over several events (the parts of a tool call): the later ones
-    bring no token, and a read of such events alone is none that bore tokens.
+    A server may spread a token over several events: the parts of a tool call.
     """
     reads: list[Read] = []
     before = 0
-    for at_ns, made in bearing:
-        tokens = max(0, made - before) if exact and made is not None else 1
-        before = max(before, made or 0)
-        if reads and reads[-1].at_ns == at_ns:
+    for event in events:
+        if exact and event.made is not None:
+            tokens, before = max(0, event.made - before), max(event.made, before)
+        else:
+            tokens = int(event.bears)
+        counts = int(event.bears or tokens > 0)
+        if reads and reads[-1].at_ns == event.at_ns:
             last = reads.pop()
-            reads.append(Read(at_ns, last.tokens + tokens, last.events + 1))
+            reads.append(Read(event.at_ns, last.tokens + tokens, last.events + counts))
         elif tokens:
-            reads.append(Read(at_ns, tokens, 1))
+            reads.append(Read(event.at_ns, tokens, 1))
     return reads

@@ -102,6 +102,28 @@ def test_server_says_how_many_tokens_a_chunk_has() -> None:
     assert [read.tokens for read in answer.reads] == [1, 3, 2]
 
 
+def test_token_that_shows_nothing_comes_with_the_count() -> None:
+    events = [ROLE, delta(content="a", timings={"predicted_n": 2}), delta("stop")]
+    told = event({"choices": [], "usage": {"completion_tokens": 3}, "timings": {"predicted_n": 3}})
+
+    assert parse(*events, told).reads == (Read(2, 2, 1), Read(4, 1, 1))
+
+
+def test_count_that_says_nothing_new_is_no_event() -> None:
+    counted = delta(content="a", timings={"predicted_n": 2})
+    told = event({"choices": [], "usage": {"completion_tokens": 2}, "timings": {"predicted_n": 2}})
+
+    assert parse(counted + delta("stop") + told).reads == (Read(1, 2, 1),)
+
+
+def test_count_before_the_first_token_is_none() -> None:
+    early = delta(role="assistant", timings={"predicted_n": 1})
+
+    assert parse(early, delta(content="a", timings={"predicted_n": 2}), END).reads == (
+        Read(2, 2, 1),
+    )
+
+
 def test_pieces_of_one_token_are_one_token() -> None:
     call: dict[str, Any] = {"tool_calls": [{"index": 0}]}
     made = [delta(timings={"predicted_n": n}, **call) for n in (1, 2, 2, 3)]
@@ -121,7 +143,7 @@ def test_without_the_servers_count_each_event_is_a_token() -> None:
 def test_timings_are_those_of_the_last_chunk() -> None:
     first, last = ({"predicted_n": n, "prompt_ms": 10.0 * n} for n in (1, 2))
 
-    answer = parse(delta(content="a", timings=first), delta("stop", timings=last), usage(1))
+    answer = parse(delta(content="a", timings=first), delta("stop", timings=last), usage(2))
 
     assert answer.timings == last
 
