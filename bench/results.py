@@ -195,10 +195,14 @@ def load_of(point: Point) -> Load:
     return point.arrivals, point.clients, point.rate
 
 
+def _order(each: Measurement) -> tuple[float, int, int]:
+    return each.point.rate or 0, each.point.clients, each.repeat
+
+
 def by_load(measurements: Iterable[Measurement]) -> dict[Load, list[Measurement]]:
     """Return the repeats of each load, the lightest load first."""
     found: dict[Load, list[Measurement]] = {}
-    for each in sorted(measurements, key=lambda m: (m.point.rate or 0, m.point.clients)):
+    for each in sorted(measurements, key=_order):
         found.setdefault(load_of(each.point), []).append(each)
     return found
 

@@ -199,19 +199,33 @@ def test_page_leads_with_the_verdict() -> None:
 
 @pytest.mark.parametrize("stand_in", [True, False])
 def test_stand_in_is_called_one(stand_in: bool) -> None:
-    provenance = replace(hand_made.PROVENANCE, stand_in=stand_in, model="model.gguf")
+    provenance = replace(hand_made.PROVENANCE, stand_in=stand_in)
 
-    assert ("stand-in" in report.page(replace(one(), provenance=provenance))) == stand_in
+    page = report.page(replace(one(), provenance=provenance))
+
+    assert ("A stand-in was measured" in page) == stand_in
+
+
+def test_random_weights_of_another_shape_stand_in_for_nothing() -> None:
+    provenance = replace(hand_made.PROVENANCE, model="glm-tiny-random.gguf")
+
+    page = report.page(replace(one(), provenance=provenance))
+
+    assert "Random weights:" in page
+    assert "stand-in" not in page
 
 
 def test_reasons_against_a_run_are_shown_and_counted() -> None:
     summary = hand_made.summary([hand_made.point()] * 2)
-    bad = tuple(replace(each, faults=("the client was busy",)) for each in summary.measurements)
+    bad = tuple(
+        replace(each, faults=(f"the client was busy {81 + n} % of the time",))
+        for n, each in enumerate(summary.measurements)
+    )
 
     page = report.page(replace(summary, measurements=bad))
 
     assert '<span class="INVALID">INVALID</span>' in page
-    assert "<li>the client was busy (runs: 2)</li>" in page
+    assert "<li>the client was busy 81 % of the time <small>(2 of 2 runs)</small></li>" in page
 
 
 def test_early_end_is_said() -> None:
