@@ -22,6 +22,8 @@ STALL = 5
 """A gap above so many times the median one is a stall."""
 BINS = 40
 """Of the histogram, to a factor of ten."""
+UNSEEN = 16
+"""The most tokens that a server makes for a request after it was cut."""
 SLICES = 120
 """The most that a time line has; none is shorter than a tenth of a second."""
 _MS = 1e6
@@ -125,7 +127,8 @@ class Point:
     usage_error: float | None
     """Tokens seen against `usage`, of whole answers: relative difference."""
     metrics_error: float | None
-    """Tokens seen against the server's own total over the run: relative difference."""
+    """Tokens seen against the server's own total over the run: relative difference, but for what
+    the server may have gone on to make for requests that were cut."""
     cached: float | None
     """Share of prompt tokens from the cache."""
 
@@ -371,7 +374,7 @@ def analyse(run: Run, slo: Slo, *, server_tokens: int | None = None) -> Point:
         goodput_s=a_second(good),
         exact=tokens.exact / tokens.made if tokens.made else None,
         usage_error=_usage_error(whole),
-        metrics_error=_error(sum(map(_made, records)), server_tokens),
+        metrics_error=_metrics_error(records, server_tokens),
         cached=cached / prompted if prompted else None,
         fairness=None if opened else jain([tokens.by_client[n] for n in range(run.clients)]),
         wait_ratio=None if opened else _wait_ratio(begun),
@@ -395,6 +398,12 @@ def _made(record: Record) -> int:
 
 def _error(seen: int, told: int | None) -> float | None:
     return (seen - told) / told if told else None
+
+
+def _metrics_error(records: Sequence[Record], told: int | None) -> float | None:
+    seen = sum(map(_made, records))
+    unseen = UNSEEN * sum(r.cut and r.client >= 0 for r in records)
+    return _error(min(max(seen, told), seen + unseen), told) if told else None
 
 
 def _usage_error(whole: Sequence[Record]) -> float | None:

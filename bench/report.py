@@ -70,7 +70,10 @@ def _head(summary: Summary) -> str:
 def _random_weights(origin: Provenance) -> str:
     if not origin.stand_in:
         return ""
-    text = "<strong>Random weights:</strong> its answers are noise, and its speed says nothing of the real model's."
+    text = (
+        "<strong>Random weights:</strong> its answers are noise, and its speed says nothing of "
+        "the real model's."
+    )
     if "stand-in" in origin.model:
         text = (
             "<strong>A stand-in was measured:</strong> random weights of the model's shape. Its "

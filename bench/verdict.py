@@ -105,7 +105,7 @@ def _of_client(point: "Point", calibration: Calibration | None) -> Iterator[str]
         yield f"the client was busy {100 * point.client_cpu:.0f} % of the time"
     if coalesced > COALESCED:
         yield f"{100 * coalesced:.0f} % of the reads held several events, which share a stamp"
-    if lag_ms > max(LATE_MS if point.kernel == 1 else 0, LIMIT * itl_ms):
+    if lag_ms > max(LATE_MS if (point.kernel or 0) > 0.99 else 0, LIMIT * itl_ms):
         yield f"the client's event loop came back {lag_ms:.1f} ms late"
     if delay_ms > max(SEND_MS, LIMIT * ttft_ms) and not point.overloaded:
         yield f"requests were sent {delay_ms:.1f} ms after they were due"

@@ -250,15 +250,21 @@ def test_tokens_seen_are_held_against_usage() -> None:
     assert point.usage_error == pytest.approx(-0.1)
 
 
-def test_tokens_seen_are_held_against_the_server_s_total() -> None:
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [(100, 0.05), (105, 0), (121, 0), (130, -9 / 130)],
+    ids=["fewer", "all", "some for the cut one", "more"],
+)
+def test_tokens_seen_are_held_against_the_server_s_total(told: int, error: float) -> None:
     answers = [
         record([10] * 90, output_tokens=100),
         record([10] * 5, at=901, cut=True, output_tokens=None),
+        record([], at=950, cut=True, client=-1, output_tokens=None),
     ]
 
-    point = analysis.analyse(run(answers, ended=1000), Slo(), server_tokens=110)
+    point = analysis.analyse(run(answers, ended=1000), Slo(), server_tokens=told)
 
-    assert point.metrics_error == pytest.approx(-5 / 110)
+    assert point.metrics_error == pytest.approx(error)
 
 
 def test_share_of_exact_tokens() -> None:
