@@ -17,11 +17,14 @@ function look(frame) {
   const paper = colour(style(page.body).backgroundColor);
   for (const svg of page.querySelectorAll("svg")) {
     const edge = svg.getBoundingClientRect(), seen = [];
-    for (const text of svg.querySelectorAll("text")) {
-      const at = text.getBoundingClientRect();
+    for (const node of svg.children) {
+      const at = node.getBoundingClientRect();
       const inside = at.left > edge.left - 1 && at.right < edge.right + 1
         && at.top > edge.top - 1 && at.bottom < edge.bottom + 1;
-      if (!inside) say("outside its figure", text);
+      if (!inside) say(`${node.tagName} outside its figure`, node);
+    }
+    for (const text of svg.querySelectorAll("text")) {
+      const at = text.getBoundingClientRect();
       for (const [other, was] of seen) {
         const across = Math.min(at.right, was.right) - Math.max(at.left, was.left);
         const down = Math.min(at.bottom, was.bottom) - Math.max(at.top, was.top);

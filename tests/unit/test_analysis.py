@@ -173,6 +173,15 @@ def test_open_loop_is_judged_from_when_the_request_was_due() -> None:
     assert (analysis.meets(late, Slo()), analysis.meets(late, Slo(), scheduled=True)) == (1, 0)
 
 
+@pytest.mark.parametrize(("rate", "good"), [(None, 1), (1.0, 0)], ids=["closed", "open"])
+def test_goodput_of_an_open_loop_counts_the_wait_before_sending(
+    rate: float | None, good: int
+) -> None:
+    late = record([100, 20], at=1000, scheduled_ns=500 * MS)
+
+    assert analysed([late], ended=1120, rate=rate).good == good
+
+
 def test_failures_are_named_and_timed() -> None:
     answers = [failure("busy", at=300), failure("busy", at=400), failure("refused", at=500)]
 
@@ -337,6 +346,13 @@ def test_backlog_that_grows_is_overload() -> None:
     answers = [record([10] * 2, at=10 * n, scheduled_ns=5 * n * MS, tail=0) for n in range(1000)]
 
     assert analysed(answers, ended=5000, rate=200.0, arrivals="constant").overloaded
+
+
+@pytest.mark.parametrize(("end", "overloaded"), [(10, False), (12, True)])
+def test_few_arrivals_that_bunch_are_no_overload(end: int, overloaded: bool) -> None:
+    point = replace(hand_made.point(), rate=1.0, due=40, backlog=(2, end))
+
+    assert point.overloaded == overloaded
 
 
 def test_backlog_of_poisson_arrivals_is_no_overload() -> None:

@@ -172,6 +172,18 @@ def test_table_gives_intervals_over_the_repeats() -> None:
     assert cell == "7.05 \N{PLUS-MINUS SIGN} 0.64"
 
 
+def test_runs_that_are_not_valid_count_for_nothing_but_their_number() -> None:
+    point = hand_made.point()
+    summary = hand_made.summary([point, replace(point, tokens_s=7), point])
+    good, bad, other = summary.measurements
+    measurements = (good, replace(bad, faults=("throttled",)), other)
+
+    cells = rows(report.page(replace(summary, measurements=measurements)))
+
+    assert cells["output tokens/s"] == [f"{point.tokens_s:.0f} \N{PLUS-MINUS SIGN} 0"]
+    assert cells["valid runs"] == ["2 of 3"]
+
+
 def test_blank_percentile_is_no_zero() -> None:
     point = analysed(stream([200, *[20] * 40], until=3000), ended=3000)
 
@@ -289,7 +301,7 @@ def test_look_finds_what_it_looks_for(tmp_path: Path) -> None:
 
     faults = str(seen(tmp_path, page)["faults"])
 
-    assert all(fault in faults for fault in ("outside its figure: tokens/s that", "faint: "))
+    assert all(fault in faults for fault in ("text outside its figure: tokens/s that", "faint: "))
 
 
 @needs_chromium
