@@ -326,7 +326,9 @@ class _Driver:
         """Send the load; on cancellation too, leave no task and no request unrecorded."""
         loop = asyncio.get_running_loop()
         streams = [_Stream(client) for client in range(self.load.clients)]
-        await asyncio.gather(*map(self._connect, streams), return_exceptions=True)
+        with contextlib.suppress(OSError):  # which the first request will meet again, and record
+            await self._connect(streams[0])  # looks the address up for all
+            await asyncio.gather(*map(self._connect, streams[1:]), return_exceptions=True)
         whole_s = self.load.warmup_s + self.load.duration_s
         self.cpu_ns = -time.process_time_ns()
         end_s = loop.time() + whole_s
@@ -345,6 +347,7 @@ class _Driver:
                         await self._open(streams, group)
         finally:
             self.ended_ns = min(self.ended_ns, time.perf_counter_ns())
+            sampling.cancel()
             for stream in streams:
                 if stream.connection:
                     stream.connection.close()
@@ -354,7 +357,6 @@ class _Driver:
             self.ended.put_nowait(None)
             await digesting
             self.cpu_ns += time.process_time_ns()
-            sampling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sampling
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,12 @@ class Stream:
     tokens: int
     timed: bool
     usage: bool
-    made: int = 0
-    first_ns: int = 0
-    last_ns: int = 0
+    sent_ns: list[int] = field(default_factory=list)
+    """When each of its tokens was sent."""
+
+    @property
+    def made(self) -> int:
+        return len(self.sent_ns)
 
     def begin(self) -> None:
         """Send the headers and the role."""
@@ -99,21 +102,19 @@ class Stream:
 
     def step(self) -> bool:
         """Send the next token; return whether it was the last."""
-        self.made += 1
         now_ns = time.perf_counter_ns()
+        self.sent_ns.append(now_ns)
         if self.timed:
             self.sock.send(_TIMED_TOKEN % (now_ns, *self._timings(now_ns)))
         else:
             self.sock.send(_TOKEN % now_ns)
-        self.first_ns = self.first_ns or now_ns
-        self.last_ns = now_ns
         if self.made < self.tokens:
             return False
         self.sock.send(self._tail(now_ns))
         return True
 
     def _timings(self, now_ns: int) -> tuple[int, float, int, float]:
-        first_ns = self.first_ns or now_ns
+        first_ns = self.sent_ns[0]
         prompt_ms, predicted_ms = (first_ns - self.received_ns) / 1e6, (now_ns - first_ns) / 1e6
         return self.prompt, prompt_ms, self.made, predicted_ms
 
@@ -209,7 +210,7 @@ class Reference:
         elif path == "/apply-template":
             _reply(sock, {"prompt": _prompt(body)})
         elif path == "/truth":
-            _reply(sock, [(s.received_ns, s.first_ns, s.last_ns, s.made) for s in self._done])
+            _reply(sock, [(stream.received_ns, stream.sent_ns) for stream in self._done])
         elif path == "/metrics":
             _reply(sock, self._metrics())
         else:
@@ -239,7 +240,7 @@ def _reply(sock: socket.socket, value: object) -> None:
     body = (value if isinstance(value, str) else json.dumps(value)).encode()
     status = b"404 Not Found" if value is None else b"200 OK"
     head = b"HTTP/1.1 %b\r\nServer: llama.cpp\r\nContent-Length: %d\r\n\r\n"
-    sock.settimeout(1)  # only a load's own answers must hold up nobody
+    sock.settimeout(5)  # only a load's own answers must hold up nobody
     sock.sendall(head % (status, len(body)) + body)
     sock.settimeout(0)
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from bench.records import Read
 
+_decode = json.JSONDecoder().decode
+"""A sixth faster than `json.loads` on bytes, which guesses their encoding first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -73,7 +76,7 @@ class Parser:
             self._done = True
             return
         try:
-            self._chunk(at_ns, json.loads(data))
+            self._chunk(at_ns, _decode(data.decode()))
         except (ValueError, TypeError, AttributeError, LookupError):
             self._error = "broken", f"no chunk of an answer: {data[:200].decode(errors='replace')}"
 
@@ -98,21 +101,22 @@ class Parser:
                 self._answer_ns = at_ns
         # Once the answer has begun, the server's count tells of tokens that show nothing, too: an
         # end of turn, the first bytes of a character.
-        if bears or (self._events and timings):
-            made = timings["predicted_n"] if timings else None
+        made = (timings or {}).get("predicted_n")
+        if bears or (self._events and made is not None):
             self._events.append(_Event(at_ns, made, bears))
 
     def answer(self) -> Answer:
         """Return what came so far."""
         exact = bool(self._events) and all(event.made is not None for event in self._events)
+        reads = _reads(self._events, exact=exact)
         error = self._error
-        if not error and not self._events:
+        if not error and not reads:
             error = "empty", "no token came"
         if not error and not (self._finish and self._usage):
             error = "partial", f"no {'usage' if self._finish else 'finish reason'} came"
         details = self._usage.get("prompt_tokens_details") or {}
         return Answer(
-            reads=tuple(_reads(self._events, exact=exact)),
+            reads=tuple(reads),
             exact=exact,
             answer_ns=self._answer_ns,
             prompt_tokens=self._usage.get("prompt_tokens"),
