@@ -214,16 +214,18 @@ def between_tokens(loads: Sequence[Load]) -> str:
     right, foot = WIDTH - 122, 28 + ROW * len(loads)
     bins = [_bins(load) for load in loads]
     low, high = min(map(min, bins)), max(map(max, bins)) + 1
+    spare = max(2, (BINS // 2 - (high - low)) // 2)
+    low, high = low - spare, high + spare
     x = _linear(low, high, LEFT, right)
 
     def parts() -> Iterator[str]:
-        yield _text(WIDTH - 62, 14, "p50", "end") + _text(WIDTH, 14, "p99", "end")
+        yield _text(WIDTH - 62, 14, "p50", "end") + _text(WIDTH - 2, 14, "p99", "end")
         for exponent, lead in ((e, m) for e in range(-3, 6) for m in (1, 2, 5)):
             place = BINS * (exponent + math.log10(lead))
             if low <= place <= high and (lead == 1 or high - low < 2.4 * BINS):
                 yield _rule(x(place), 22, x(place), foot)
                 yield _text(x(place), foot + 17, f"{lead * 10.0**exponent:g}", "middle")
-        yield _text(WIDTH, foot + 17, "ms", "end")
+        yield _text(WIDTH - 2, foot + 17, "ms", "end")
         for n, (load, found) in enumerate(zip(loads, bins, strict=True), 1):
             base = 22 + ROW * n
             numbers = range(min(found), max(found) + 1)
@@ -237,7 +239,7 @@ def between_tokens(loads: Sequence[Load]) -> str:
             p50 = load.value(lambda p: p.itl.p50) or None
             p99 = max(load.each(lambda p: p.itl.percentiles["p99"]), default=None)
             yield _text(WIDTH - 62, base - 4, number(p50), "end strong")
-            yield _text(WIDTH, base - 4, number(p99), "end strong")
+            yield _text(WIDTH - 2, base - 4, number(p99), "end strong")
 
     note = "ITL by token, all runs of a load together; p99 is of the worst run."
     return _figure("Time between tokens", note, foot + 24, parts())
