@@ -17,7 +17,7 @@ from typing import NamedTuple
 from bench import prompts, sse
 from bench.prompts import Spread, Vocabulary
 from bench.records import Record, Run
-from bench.transport import Clock, Connection, Endpoint, Exchange
+from bench.transport import Clock, Connection, Endpoint, Exchange, stamping
 from stack.errors import Code, StackError
 from stack.server import Server
 
@@ -131,10 +131,11 @@ def run(server: Server, load: Load, *, watch: Watch | None = None) -> Run:
 
     """
     check(load)
-    vocabulary = prompts.learn(server)
-    if load.prompt.low - load.shared < vocabulary.least:
-        raise _senseless(f"A prompt has {vocabulary.least} tokens of its own at the least.")
-    return drive(server.url, server.key, load, vocabulary, watch=watch)
+    with stamping():
+        vocabulary = prompts.learn(server)
+        if load.prompt.low - load.shared < vocabulary.least:
+            raise _senseless(f"A prompt has {vocabulary.least} tokens of its own at the least.")
+        return drive(server.url, server.key, load, vocabulary, watch=watch)
 
 
 def drive(

@@ -13,6 +13,7 @@ import ssl
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -72,6 +73,15 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if SO_TIMESTAMPNS:
         sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+
+
+@contextlib.contextmanager
+def stamping() -> Iterator[None]:
+    """Keep the kernel stamping: it begins some time after the first socket asks for it."""
+    with socket.socket(type=socket.SOCK_DGRAM) as asking:
+        if SO_TIMESTAMPNS:
+            asking.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        yield
 
 
 @dataclass(slots=True)
