@@ -81,7 +81,8 @@ class Point:
     due: int
     """Requests that were due inside the window."""
     requests: int
-    """Ended inside the window, whole or not; the cut ones are in neither figure."""
+    """Whole answers that ended inside the window, and all failures after the warm-up: a failure may
+    be what ended the steady state. Those that were cut are in neither."""
     failed: int
     cut: int
     reconnected: int
@@ -306,9 +307,9 @@ def analyse(run: Run, slo: Slo, *, server_tokens: int | None = None) -> Point:
     `/metrics`, difference over the run).
     """
     inside, records, opened = window(run), run.records, run.rate is not None
-    ended = [r for r in records if r.end_ns in inside and not r.cut]
-    whole = [r for r in ended if r.error is None]
-    failed = len(ended) - len(whole)
+    whole = [r for r in records if r.end_ns in inside and r.error is None and not r.cut]
+    failures = [r for r in records if r.error is not None and not r.cut]
+    failed = sum(run.warm_ns < r.end_ns <= run.ended_ns for r in failures)
     begun = [r for r in records if r.error is None and _first(r) in inside]
     split = begun if _headers_mark_slots(begun) else []
     tokens = _tokens(records, inside)
@@ -325,7 +326,6 @@ def analyse(run: Run, slo: Slo, *, server_tokens: int | None = None) -> Point:
     prompted = sum(r.prompt_tokens or 0 for r in prompts)
     cached = sum(r.cached_tokens or 0 for r in prompts)
     good = sum(meets(r, slo, scheduled=opened) for r in whole)
-    failures = [r for r in records if r.error is not None and not r.cut]
     ticks = (round((at - run.begun_ns) / _S / TICK_S) for at in (inside.begin_ns, inside.end_ns))
     lags = sorted(run.lags_ns[slice(*ticks)])
     icl, itl = sorted(tokens.icl), sorted(tokens.itl)
@@ -338,7 +338,7 @@ def analyse(run: Run, slo: Slo, *, server_tokens: int | None = None) -> Point:
         begin_s=(inside.begin_ns - run.begun_ns) / _S,
         window_s=length_s,
         due=sum(r.scheduled_ns in inside for r in records),
-        requests=len(ended),
+        requests=len(whole) + failed,
         failed=failed,
         cut=sum(r.cut for r in records),
         reconnected=sum(r.reconnected for r in records),

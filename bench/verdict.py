@@ -82,9 +82,10 @@ def faults(
 ) -> tuple[str, ...]:
     """Say why a run is INVALID, one line a reason; nothing where it is VALID.
 
-    A run that was not calibrated is not valid. `throttled` names what slowed the GPU down.
+    A run that was not calibrated is not valid. `throttled` names what slowed the GPU down. Failed
+    requests, and that they keep clients from being in flight, are the server's verdict instead.
     """
-    if not point.window_s:
+    if not point.window_s and not point.failed:
         return (f"no steady window: never {point.clients} in flight after the warm-up",)
     slowed = (f"the GPU was slowed down by {reason}" for reason in throttled)
     return (*_of_client(point, calibration), *_of_samples(point), *slowed)
@@ -112,16 +113,17 @@ def _of_client(point: "Point", calibration: Calibration | None) -> Iterator[str]
 
 
 def _of_samples(point: "Point") -> Iterator[str]:
-    if point.rate is None and point.concurrency < STEADY * point.clients:
+    few = point.concurrency < STEADY * point.clients
+    if point.rate is None and few and not point.failed:
         yield f"only {point.concurrency:.1f} of {point.clients} clients were in flight"
     if abs(point.little) > DISAGREEMENT:
         yield f"latencies leave out {100 * point.little:.1f} % of the time in flight (Little's law)"
     for name, error in (("usage", point.usage_error), ("/metrics", point.metrics_error)):
         if error is not None and abs(error) > DISAGREEMENT:
             yield f"tokens seen differ by {100 * error:+.1f} % from the server's {name}"
-    if point.requests < FLOORS["p50"]:
-        few = f"{point.requests} requests ended in {point.window_s:.1f} s"
-        yield f"too few samples: {few}, a median needs {FLOORS['p50']}"
+    if point.requests < FLOORS["p50"] and not point.failed:
+        ended = f"{point.requests} requests ended in {point.window_s:.1f} s"
+        yield f"too few samples: {ended}, a median needs {FLOORS['p50']}"
 
 
 def decide(successes: int, count: int, share: float) -> Verdict:

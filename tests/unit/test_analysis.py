@@ -190,6 +190,21 @@ def test_failures_are_named_and_timed() -> None:
     assert (point.errors, point.first_error_s) == ({"busy": 2, "refused": 1}, 0.31)
 
 
+def test_failure_that_ends_the_steady_state_is_counted() -> None:
+    answers = [record([100, 20] * 5, at=600 * n) for n in range(10)]
+    later = [failure(at=6010), *(record([100, 20], at=7000 + 120 * n) for n in range(5))]
+
+    point = analysed([failure(at=10), *answers, *later], ended=7600, warm_ns=100 * MS)
+
+    assert (point.failed, point.requests) == (1, 11)
+
+
+def test_every_failure_of_a_server_that_only_fails_is_counted() -> None:
+    point = analysed([failure(at=510 * n) for n in range(10)], ended=5100)
+
+    assert (point.requests, point.failed, point.good) == (10, 10, 0)
+
+
 def test_failures_are_infinite_in_the_tails() -> None:
     answers = [record([100, 20], at=200 * n) for n in range(11)]
     failed = [failure(at=2300 + 20 * n) for n in range(12)]

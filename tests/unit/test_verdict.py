@@ -136,6 +136,13 @@ def test_overload_is_the_server_s_failure_and_no_fault_of_the_client() -> None:
     assert verdict.judge([behind], Slo()).verdict == "FAIL"
 
 
+@pytest.mark.parametrize("changes", [{"window_s": 0}, {"concurrency": 2}, {"requests": 9}])
+def test_failures_of_the_server_do_not_make_the_client_invalid(changes: dict[str, Any]) -> None:
+    failing = replace(VALID, failed=9, errors={"busy": 9}, first_error_s=3, **changes)
+
+    assert verdict.faults(failing, CALIBRATION) == ()
+
+
 def test_repeats_are_judged_together() -> None:
     assert verdict.judge([replace(VALID, requests=40, good=40)], Slo()).verdict == "UNRESOLVED"
     assert verdict.judge([replace(VALID, requests=40, good=40)] * 2, Slo()).verdict == "PASS"
