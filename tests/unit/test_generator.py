@@ -114,8 +114,8 @@ FAILURES: dict[str, Script] = {
     "busy": [refusal(429)],
     "unavailable": [refusal(503, b'{"error":{"message":"Loading model"}}')],
     "http": [refusal(400)],
-    "stalled": [HEADERS, TOKEN, 0.4],
-    "timeout": [HEADERS, TOKEN, 0.15, TOKEN, 0.15, TOKEN, 0.15, TOKEN, 0.15],
+    "stalled": [HEADERS, TOKEN, 1.0],
+    "timeout": [HEADERS, TOKEN, 0.3, TOKEN, 0.3, TOKEN, 0.3, TOKEN, 0.3],
     "broken": [HEADERS, TOKEN, End.RESET],
     "event": [HEADERS, TOKEN, chunk(event({"error": {"message": "no"}})), END],
     "partial": [HEADERS, TOKEN, chunk(delta("stop")), END],
@@ -125,7 +125,7 @@ FAILURES: dict[str, Script] = {
 
 @pytest.mark.parametrize(("error", "script"), FAILURES.items(), ids=FAILURES)
 def test_failure_has_its_class_and_keeps_what_came(error: str, script: Script) -> None:
-    record = one(*script, stall_s=0.2, limit_s=0.5)
+    record = one(*script, stall_s=0.6, limit_s=0.8)
 
     assert record.error == error
     assert record.detail
