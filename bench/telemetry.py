@@ -25,7 +25,7 @@ from stack import client, gpu
 from stack.config import Service
 from stack.errors import StackError
 from stack.gpu import Reading
-from stack.host import Process, children
+from stack.host import Process, busy_s, children
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 
@@ -51,6 +51,8 @@ class Sample(NamedTuple):
     server_mib: float | None
     client_cpu_s: float | None
     client_mib: float | None
+    busy_cpu_s: float | None = None
+    """Of this machine, all that ran, and what a hypervisor took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class Span:
     server_cores: float | None = None
     """CPU time over time."""
     client_cores: float | None = None
+    other_cores: float | None = None
+    """What else ran on this machine: of cores that client and server then did not have."""
     server_mib: float | None = None
     """Resident memory, the highest."""
     client_mib: float | None = None
@@ -157,6 +161,10 @@ class Telemetry:
         clocks = _known(each.sm_mhz for each in read)
         told = [each.throttle for each in read if each.throttle is not None]
         reasons = Counter(why for each in told for why in each)
+        server, own, busy = (
+            _cores(inside, used)
+            for used in (lambda s: s.server_cpu_s, lambda s: s.client_cpu_s, lambda s: s.busy_cpu_s)
+        )
         deferred = [s.metrics[DEFERRED] for s in inside if DEFERRED in s.metrics]
         return Span(
             energy_j=energy(self.readings, begin_s, end_s),
@@ -171,8 +179,9 @@ class Telemetry:
             processing_most=max(
                 (s.metrics[PROCESSING] for s in inside if PROCESSING in s.metrics), default=None
             ),
-            server_cores=_cores(inside, lambda each: each.server_cpu_s),
-            client_cores=_cores(inside, lambda each: each.client_cpu_s),
+            server_cores=server,
+            client_cores=own,
+            other_cores=None if busy is None else max(0.0, busy - (server or 0) - (own or 0)),
             server_mib=max(_known(each.server_mib for each in inside), default=None),
             client_mib=max(_known(each.client_mib for each in inside), default=None),
         )
@@ -349,6 +358,7 @@ def _sample(session: httpx.Client, task: _Task) -> Sample:
         server_mib=server_mib,
         client_cpu_s=client_cpu_s,
         client_mib=client_mib,
+        busy_cpu_s=busy_s(),
     )
 
 

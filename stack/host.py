@@ -279,6 +279,14 @@ class Usage:
     resident_mib: float
 
 
+def busy_s() -> float:
+    """Return the CPU time of all that ran on this machine since boot, and that of its host's."""
+    user, nice, system, _idle, _iowait, *interrupts = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass(frozen=True)
 class Process:
     """A process that cannot be mistaken for a later one with the same pid.

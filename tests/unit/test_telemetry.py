@@ -65,14 +65,16 @@ def test_span_of_nothing_knows_nothing(telemetry: Telemetry) -> None:
 def test_span_takes_only_what_is_inside(telemetry: Telemetry) -> None:
     told = ({"requests_deferred": n, "requests_processing": 4} for n in (9, 0, 3, 9))
     telemetry.samples = [
-        Sample(i * S, metrics, i * 0.5, 100 + i, i * 0.25, 50) for i, metrics in enumerate(told)
+        Sample(i * S, metrics, i * 0.5, 100 + i, i * 0.25, 50, i * 1.0)
+        for i, metrics in enumerate(told)
     ]
     telemetry.readings = [read(i, used_mib=600 + i, sm_mhz=1000 - i) for i in range(4)]
 
     span = telemetry.span(S, 2 * S)
 
     assert (span.deferred, span.deferred_most, span.processing_most) == (1.5, 3, 4)
-    assert (span.server_cores, span.client_cores, span.server_mib) == (0.5, 0.25, 102)
+    assert (span.server_cores, span.client_cores, span.other_cores) == (0.5, 0.25, 0.25)
+    assert (span.server_mib, span.client_mib) == (102, 50)
     assert (span.vram_mib, span.sm_mhz, span.sm_lowest_mhz) == (602, 998.5, 998)
 
 
