@@ -342,7 +342,12 @@ class _LostError(Exception):
 
 
 def writable(folder: Path) -> None:
-    """Make a folder for results. Raises StackError DISK where nothing can be written to it."""
+    """Make a folder for results.
+
+    Raises:
+        StackError: DISK where nothing can be written to it, USAGE where it has results already.
+
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -353,6 +358,9 @@ def writable(folder: Path) -> None:
             "Name another folder with --out.",
             Code.DISK,
         ) from error
+    if (folder / "summary.json").exists():
+        cause = f"{folder} holds the results of another load test."
+        raise StackError(cause, "Name another folder with --out.", Code.USAGE)
 
 
 @dataclass

@@ -74,7 +74,7 @@ class Span:
     """CPU time over time."""
     client_cores: float | None = None
     other_cores: float | None = None
-    """What else ran on this machine: of cores that client and server then did not have."""
+    """What else ran on this machine, where the server's processes are known."""
     server_mib: float | None = None
     """Resident memory, the highest."""
     client_mib: float | None = None
@@ -181,7 +181,9 @@ class Telemetry:
             ),
             server_cores=server,
             client_cores=own,
-            other_cores=None if busy is None else max(0.0, busy - (server or 0) - (own or 0)),
+            other_cores=None
+            if busy is None or server is None or own is None
+            else max(0.0, busy - server - own),
             server_mib=max(_known(each.server_mib for each in inside), default=None),
             client_mib=max(_known(each.client_mib for each in inside), default=None),
         )

@@ -73,17 +73,20 @@ def measured(
     target: Target,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Measured:
-    folder = request.config.option.evidence or tmp_path_factory.mktemp("results")
+    option = request.config.option
 
-    def measure() -> Summary:
+    def measure(folder: Path) -> Summary:
         if target.runtime == "attached":
             server = request.getfixturevalue("server")
             return loadtest.measure(server, PLAN, root=workspace.ROOT, folder=folder)
         engine = request.getfixturevalue("engine")
         return loadtest.own(engine, project, service, PLAN, folder=folder)
 
-    for _ in range(ATTEMPTS):
-        summary = loadtest.finish(measure(), PLAN, folder).summary
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path_factory.mktemp("results")
+        if option.evidence:
+            folder = option.evidence / f"loadtest-{target}-{attempt}"
+        summary = loadtest.finish(measure(folder), PLAN, folder).summary
         if not any(each.faults for each in summary.measurements):
             break
     return Measured(summary, folder)

@@ -189,6 +189,15 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == Code.DISK
 
 
+def test_folder_with_results_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").touch()
+
+    with pytest.raises(StackError, match="another load test") as caught:
+        loadtest.writable(tmp_path)
+
+    assert caught.value.code == Code.USAGE
+
+
 def test_settings_leave_out_which_loads_are_tried() -> None:
     plan = Plan(clients=(1,))
 
