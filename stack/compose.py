@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stack.config import Project, Service, Settings
 from stack.errors import Code, StackError
-from stack.host import Process, Result, children, run
+from stack.host import Process, Result, children, reason, run
 from stack.server import Server
 
 if TYPE_CHECKING:
@@ -336,10 +336,12 @@ def failure(verb: str, done: Result) -> StackError:
         for line in lines:
             if sign in line:
                 return StackError(f"docker compose {verb}: {line}", f"Please {remedy}.", code)
-    reason = lines[-1].removeprefix("Error response from daemon: ")
+    said = (reason(done) if verb == "run" else lines[-1]).removeprefix(
+        "Error response from daemon: "
+    )
     code = Code.BUILD if verb == "build" else Code.LOAD
     remedy = "Read the lines above." if verb == "build" else "See `docker compose ps --all`."
-    return StackError(f"docker compose {verb} failed ({done.status}): {reason}", remedy, code)
+    return StackError(f"docker compose {verb} failed ({done.status}): {said}", remedy, code)
 
 
 def _debootstrap(folder: Path) -> list[str | Path]:

@@ -27,6 +27,13 @@ class Result:
     stderr: str
 
 
+def reason(done: Result) -> str:
+    """Return the line of a failed program's words that says most: its last error, or last line."""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower()]
+    return (telling or lines or ["it said nothing"])[-1]
+
+
 def run(
     argv: Sequence[str | Path],
     *,

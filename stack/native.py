@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stack.config import Project, Service
 from stack.errors import Code, StackError
-from stack.host import Process, Result, listening_port, run, spawn, write_atomic
+from stack.host import Process, Result, listening_port, reason, run, spawn, write_atomic
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 
@@ -56,9 +56,8 @@ class Native:
         env = _inherited() | _settings(service)
         done = run([self.program(service, name), *translated], env=env, timeout_s=timeout_s)
         if done.status:
-            reason = (done.stderr or done.stdout).strip().rpartition("\n")[2]
             raise StackError(
-                f"{name} failed ({done.status}): {reason}",
+                f"{name} failed ({done.status}): {reason(done)}",
                 "See whether the model and its context fit in the memory that is free.",
                 Code.LOAD,
             )
