@@ -12,7 +12,7 @@ from bench import prompts, reference
 from bench.generator import TICK_S, Load, drive
 from bench.prompts import Spread
 from bench.records import Record, Run
-from bench.transport import Exchange
+from bench.transport import Exchange, stamping
 from stack.errors import Code, StackError
 
 LIMIT = 0.1
@@ -69,7 +69,7 @@ def calibrate(streams: int, *, itl_ms: float, tokens: int = 128) -> Calibration:
     answer_s = (_TTFT_MS + tokens * itl_ms) / 1e3
     load = Load(clients=streams, warmup_s=WARMUP_S, duration_s=2 * answer_s, output=output)
     raw: list[tuple[Record, Exchange]] = []
-    with reference.serving(ttft_ms=_TTFT_MS, itl_ms=itl_ms) as url:
+    with stamping(), reference.serving(ttft_ms=_TTFT_MS, itl_ms=itl_ms) as url:
         words = prompts.vocabulary([(" word", 1)], 0)
         run = drive(url, "", load, words, tap=lambda *each: raw.append(each))
     truths = [_compare(record, exchange) for record, exchange in raw if record.reads]
@@ -101,7 +101,8 @@ def _judge(run: Run, truths: Sequence[_Truth], *, itl_ms: float) -> Calibration:
             Code.HOST,
         )
     ttft_ns = sorted(abs(truth.ttft_ns) for truth in truths)
-    lags_ns = sorted(run.lags_ns[round(WARMUP_S / TICK_S) :])
+    warm = round((run.warm_ns - run.begun_ns) / 1e9 / TICK_S)
+    lags_ns = sorted(run.lags_ns[warm:])
     measured = Calibration(
         streams=run.clients,
         itl_ms=itl_ms,

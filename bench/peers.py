@@ -113,7 +113,9 @@ def _aiperf(job: Job, home: Path) -> list[str]:
 
 def _read_aiperf(home: Path) -> Figures:
     lines = (home / "result" / "profile_export.jsonl").read_text().splitlines()
-    told = [json.loads(line)["metrics"] for line in lines]
+    told = [
+        each for line in lines if "time_to_first_token" in (each := json.loads(line)["metrics"])
+    ]
     return Figures(
         ttft=[each["time_to_first_token"]["value"] for each in told],
         tpot=[each["inter_token_latency"]["value"] for each in told],
@@ -289,6 +291,7 @@ def against_engine(name: str, do: Callable[[Job], Figures], server: Server) -> l
         f"{tpot:.3f}",
         f"{true_tpot:.3f}",
         f"{tpot / true_tpot - 1:+.1%}",
+        str(requests - len(told.tpot)),
     ]
 
 
@@ -362,11 +365,12 @@ _TRUTH_HEAD = (
 )
 _ENGINE_HEAD = (
     *("Tool", "TTFT p50 (ms)", "server's prefill (ms)", "TPOT (ms)", "server's TPOT (ms)", "error"),
+    "failed",
 )
 _PAGE = f"""# Our load generator beside others
 
-Made by `nox -s loadtest_peers`, {{day}}, on {{cores}} cores ({{machine}}) that servers and clients
-share; load average before: {{load:.1f}}.
+Made by `nox -s loadtest_peers`, {{day}}, on {{cores}} cores ({{machine}}) that servers, clients
+and whatever else ran share; load average before: {{load:.1f}}.
 
 ## Against the built-in server
 
@@ -381,7 +385,8 @@ CPU is of all the tool's processes: what {ROUNDS[1]} answers a stream take more 
 
 Build {{version}}, the tiny model, {SLOTS} clients on {SLOTS} slots. TPOT in the mean, beside the
 server's own (`tokens_predicted_seconds_total` over tokens after the first); the load of the tool
-itself slows the server down, so rows compare within themselves.
+itself slows the server down, so rows compare within themselves. Failed are requests that the tool
+counted as such: the server closes idle connections, which is no failure.
 
 {{engine}}
 """
