@@ -1,6 +1,5 @@
 """What the load generator costs by itself: `nox -s bench`, and `scripts/bench-against COMMIT`."""
 
-import itertools
 import json
 import sys
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import analysis, calibration, results, sse, stats
-from bench.verdict import Slo
+from bench import calibration, sse, stats
 from stack import host
 from tests import workspace
 from tests.unit import hand_made
@@ -50,32 +48,11 @@ def test_parse(benchmark: BenchmarkFixture, body: list[tuple[int, bytes]]) -> No
     benchmark.extra_info["us_an_event"] = benchmark.stats["min"] / EVENTS * 1e6
 
 
-def test_analyse(benchmark: BenchmarkFixture) -> None:
-    streams = (
-        hand_made.stream([200, *[20] * 128], until=30_000, client=client)
-        for client in range(STREAMS)
-    )
-    run = hand_made.run(itertools.chain.from_iterable(streams), ended=30_000, clients=STREAMS)
-    tokens = sum(read.tokens for record in run.records for read in record.reads)
-
-    point = benchmark(analysis.analyse, run, Slo())
-
-    assert point.concurrency == pytest.approx(STREAMS, rel=0.01)
-    assert benchmark.stats
-    benchmark.extra_info["us_a_token"] = benchmark.stats["min"] / tokens * 1e6
-
-
 def test_spread(benchmark: BenchmarkFixture) -> None:
     chance = hand_made.rng(1)
     samples = [chance.random() for _ in range(100_000)]
 
     assert benchmark(stats.spread, samples).count == len(samples)
-
-
-def test_compare(benchmark: BenchmarkFixture) -> None:
-    found = hand_made.summary([hand_made.point(clients=n) for n in (4, 8, 16) for _ in range(3)])
-
-    assert benchmark(results.compare, found, found)
 
 
 def test_generator(benchmark: BenchmarkFixture) -> None:
