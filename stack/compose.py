@@ -193,8 +193,9 @@ class Docker:
         try:
             self._remove(container)
             return self.compose("run", *argv, service.name, *arguments, timeout_s=timeout_s)
-        finally:  # Compose leaves it running when it is interrupted
+        finally:  # Compose leaves it running when it is interrupted, and its network in any case
             self._remove(container)
+            run(["docker", "network", "rm", f"{self.project.name}_default"])  # unless it is in use
 
     def _remove(self, container: str) -> None:
         run(["docker", "rm", "--force", container], timeout_s=60)
