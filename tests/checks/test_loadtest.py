@@ -154,8 +154,9 @@ def test_served_is_below_the_engines_ceiling_but_not_far(measured: Measured, cli
 
     assert share
     assert share.decode
-    assert 0.05 < share.whole < 1.1
-    assert 0.05 < share.decode < 1.2
+    # Above 1 only where others took more of the machine from the engine than from the server.
+    assert 0.05 < share.whole < 1.5
+    assert 0.05 < share.decode < 1.5
 
 
 def test_server_and_client_use_the_cpu(measured: Measured, target: Target) -> None:
