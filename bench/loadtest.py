@@ -37,6 +37,8 @@ from stack.server import Server
 T = TypeVar("T")
 
 MOST_CLIENTS = 256
+BUSY_CORES = 0.2
+"""What else may run without being mentioned where a run is not valid."""
 BEYOND = 4
 """A sweep goes on to so many times the knee, since one slow run may look like one."""
 LENGTHS = Spread(96, 160)
@@ -581,7 +583,10 @@ def conclude(summary: Summary, plan: Plan, changes: Sequence[Change] = ()) -> Ju
     if invalid:
         first = invalid[0]
         where = f"{_name(first)}: {first.faults[0]} ({len(invalid)} of {len(runs)} runs)"
-        return Judgement("UNRESOLVED", where, Code.VERIFY, valid=False)
+        spans = (each.span for each in invalid)
+        others = max((span.other_cores or 0 for span in spans if span), default=0)
+        also = f"; other processes took up to {others:.1f} cores" if others > BUSY_CORES else ""
+        return Judgement("UNRESOLVED", where + also, Code.VERIFY, valid=False)
     if worse := [each for each in changes if each.verdict == "worse"]:
         told = f"{worse[0].load}: {worse[0].metric} is {worse[0].ratio.value:.3f} of the baseline's"
         return Judgement("FAIL", f"{told} ({len(worse)} are worse)", Code.MISSED)

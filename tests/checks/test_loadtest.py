@@ -41,7 +41,6 @@ PLAN = Plan(
     repeats=1,
 )
 ATTEMPTS = 2
-BUSY_CORES = 0.2
 """What else runs on a machine makes a run INVALID; that is no fault of what is tested."""
 KILLED_S = 3
 LONG = replace(PLAN, clients=(2,), duration_s=60)
@@ -108,7 +107,7 @@ def quiet(measured: Measured) -> None:
     """Skip what a machine that is busy with other things cannot show."""
     spans = (each.span for each in measured.summary.measurements if each.faults)
     others = [span.other_cores for span in spans if span and span.other_cores]
-    if max(others, default=0) > BUSY_CORES:
+    if max(others, default=0) > loadtest.BUSY_CORES:
         pytest.skip(f"other processes took up to {max(others):.1f} cores meanwhile")
 
 

@@ -16,6 +16,7 @@ from bench.loadtest import INTERRUPTED, Now, Plan
 from bench.prompts import Spread
 from bench.results import Change
 from bench.stats import Interval
+from bench.telemetry import Span
 from bench.verdict import Slo
 from stack import config
 from stack.errors import Code, StackError
@@ -132,6 +133,15 @@ def test_what_is_not_valid_is_neither_passed_nor_failed() -> None:
 
     assert str(said) == "INVALID, UNRESOLVED: 4 clients: the client was busy (1 of 1 runs)"
     assert said.code == Code.VERIFY
+
+
+def test_other_processes_are_named_where_a_run_is_not_valid() -> None:
+    found = summary([point()])
+    wrong = replace(found.measurements[0], faults=("late",), span=Span(other_cores=1.26))
+
+    said = loadtest.conclude(replace(found, measurements=(wrong,)), Plan())
+
+    assert said.reason == "4 clients: late (1 of 1 runs); other processes took up to 1.3 cores"
 
 
 @pytest.mark.parametrize(
