@@ -213,6 +213,7 @@ def ours(job: Job) -> Figures:
         duration_s=_RUN_S,
         prompt=length,
         output=length,
+        timings_per_token=False,  # as the others: the same bytes
     )
     done = generator.run(server, load)
     return replace(_figures(done), cpu_s=done.cpu_s)
