@@ -68,6 +68,18 @@ def models(session: nox.Session) -> None:
 
 
 @nox.session
+def loadtest(session: nox.Session) -> None:
+    """Load test each quant: valid, cross-checked with the server, held against the engine."""
+    _pytest(session, "tests/checks/test_loadtest.py", *session.posargs)
+
+
+@nox.session(default=False)
+def loadtest_peers(session: nox.Session) -> None:
+    """Compare our load generator with established ones, each against servers of known timing."""
+    _run(session, "python", "-m", "bench.peers", *session.posargs)
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Check that bad input and faults end in one line, the right code, and nothing left over."""
     _pytest(session, "tests/checks/test_faults.py", *session.posargs)

@@ -18,6 +18,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task as invoke_task
 
 if TYPE_CHECKING:
+    from bench.loadtest import Finished
     from stack.config import Project, Service
     from stack.fit import Planned
     from stack.hub import Fetched
@@ -38,22 +39,44 @@ LEDGER = {
     "total_mib": "needed",
 }
 HELP = {
+    "a": "a summary.json of a load test, the new one",
     "arch": "CUDA architectures to compile for, as CMake names them: 120a-real;90a-real, or host",
+    "arrivals": "how requests come at a --rate: poisson, constant or ramp",
+    "attach": "the URL of a server that runs already, instead of one of our own",
+    "b": "the one that it is compared with",
+    "baseline": "a summary.json that nothing may be worse than",
+    "ceiling": "do not measure what the engine does without a server",
+    "clients": "how many at once, each sending when its last answer has ended: 1,4,16,64",
     "context": "tokens of context, in place of GLM_CONTEXT",
     "docker": "insist on Docker",
     "in-container": "with the Python of a container, as `docker compose run --rm models` does",
+    "duration": "seconds of each run, after its warm-up",
     "follow": "keep showing new lines until Ctrl-C",
+    "goodput": "look for the most clients, or multiples of --rate, that meet the SLO",
     "json": "print JSON",
+    "key-file": "the attached server's key",
     "message": "the question",
     "native": "run the engine as a plain process",
+    "out": "a folder for records, summary and report",
+    "output": "tokens of an answer, or from-to",
+    "prompt": "tokens of a prompt, or from-to",
+    "prompts": "cold, shared (a common prefix of --shared tokens) or turns (of a conversation)",
     "prune": "list, then remove, partial files and files fetched here that are not locked",
-    "slots": "requests at the same time, in place of GLM_SLOTS",
     "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
+    "rate": "requests a second, in place of --clients: 0.5,1,2",
+    "repeat": "runs of each load, in random order",
+    "seed": "of lengths, arrivals and the order of runs",
+    "shared": "tokens of the common prefix",
+    "slo": "the target: ttft=500,tpot=30 (ms), and share=0.95",
+    "slots": "requests at the same time, in place of GLM_SLOTS",
     "stand-in": "use random weights of the model's full shape, made here, instead of its file",
-    "with-model": "a quant of which to make an image that holds its model too",
+    "sweep": "double the clients from 1 until the knee is behind",
     "tokens": "the most tokens to answer with",
+    "turns": "turns of a conversation",
     "update": "move the lock to the newest commit of the repository",
     "verify": "hash every locked file",
+    "warmup": "seconds of load before each run counts",
+    "with-model": "a quant of which to make an image that holds its model too",
 }
 
 
@@ -79,7 +102,7 @@ def task(function: Callable[..., None]) -> Any:
         body,
         help={option: text for option, text in HELP.items() if option in options},
         iterable=["quant"] if "quant" in names else [],
-        positional=["message"] if "message" in names else [],
+        positional=[name for name in ("message", "a", "b") if name in names],
         auto_shortflags=False,
     )
 
@@ -537,3 +560,123 @@ def ask(_: Context, message: str, quant: list[str], tokens: int = 256) -> None:
             print(part, end="", flush=True)
         else:
             print(f"\n{part.tokens} tokens at {part.decode_tokens_s:.1f} tokens/s", file=sys.stderr)
+
+
+@task
+def bench(
+    _: Context,
+    quant: list[str],
+    clients: str = "1,2,4,8,16",
+    rate: str = "",
+    arrivals: str = "poisson",
+    duration: float = 30.0,
+    warmup: float = 3.0,
+    repeat: int = 3,
+    prompts: str = "cold",
+    prompt: str = "96-160",
+    output: str = "96-160",
+    shared: int = 0,
+    turns: int = 1,
+    sweep: bool = False,
+    goodput: bool = False,
+    slo: str = "",
+    seed: int = 0,
+    baseline: str = "",
+    out: str = "",
+    ceiling: bool = True,
+    native: bool = False,
+    docker: bool = False,
+    stand_in: bool = False,
+    context: str = "",
+    slots: str = "",
+    attach: str = "",
+    key_file: str = "",
+    json: bool = False,
+) -> None:
+    """Load test a quant: throughput and latency, and how near the engine's own they are."""
+    from bench import board, loadtest, results
+    from stack import host, runtime
+    from stack.errors import Code, StackError
+
+    if native + docker + bool(attach) > 1 or sweep + goodput > 1:
+        cause = "--native, --docker and --attach exclude one another, as do --sweep and --goodput."
+        raise StackError(cause, "Give one.", Code.USAGE)
+    plan = loadtest.parse(
+        clients=clients,
+        rate=rate,
+        arrivals=arrivals,
+        search="knee" if sweep else "goodput" if goodput else "",
+        duration_s=duration,
+        warmup_s=warmup,
+        repeats=repeat,
+        prompts=prompts,
+        prompt=prompt,
+        output=output,
+        shared=shared,
+        turns=turns,
+        slo=slo,
+        seed=seed,
+        ceiling=ceiling,
+    )
+    old = results.read(Path(baseline)) if baseline else None
+    project = _project(stand_in=stand_in, GLM_CONTEXT=context, GLM_SLOTS=slots)
+    service = _services(project, quant)[0]
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{service.quant}"
+    folder = Path(out) if out else project.state / "loadtest" / name
+    with host.lock(project.state, verb="bench"), board.live() as watch:
+        if attach:
+            server = loadtest.attached(service, attach, Path(key_file) if key_file else None)
+            summary = loadtest.measure(server, plan, root=ROOT, folder=folder, watch=watch)
+        else:
+            show = loadtest.progress(watch)
+            want = "native" if native else "docker" if docker else None
+            chosen = runtime.choose(project, want=want, progress=show)
+            summary = loadtest.own(
+                chosen,
+                project,
+                service,
+                plan,
+                folder=folder,
+                stand_in=stand_in,
+                progress=show,
+                watch=watch,
+            )
+    done = loadtest.finish(summary, plan, folder, baseline=old)
+    _tell_bench(done, folder, as_json=json)
+
+
+def _tell_bench(done: "Finished", folder: Path, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from bench import board
+
+    if as_json:
+        told = {**asdict(done.said), "changes": list(map(asdict, done.changes)), "in": str(folder)}
+        print(_json([told]))
+    else:
+        console = Console()
+        console.print(board.measured(done.summary))
+        if done.changes:
+            console.print(board.compared(done.changes))
+        print("TTFT and ITL are medians; engine and decode are served / the engine's own.")
+        print(f"Report and records are in {folder}.\n{done.said}")
+    if done.said.code:
+        raise Exit(code=done.said.code)
+
+
+@task
+def compare(_: Context, a: str, b: str, json: bool = False) -> None:
+    """Compare the summary.json of a load test, A, with an earlier one of the same machine, B."""
+    from rich.console import Console
+
+    from bench import board, results
+    from stack.errors import Code, StackError
+
+    changes = results.compare(results.read(Path(a)), results.read(Path(b)))
+    if json:
+        print(_json([asdict(each) for each in changes]))
+    else:
+        Console().print(board.compared(changes))
+    if worse := [each for each in changes if each.verdict == "worse"]:
+        cause = f"{len(worse)} of {len(changes)} figures are worse than in {b}."
+        raise StackError(cause, "See the rows above.", Code.MISSED)

@@ -223,6 +223,18 @@ def props(server: Server) -> Mapping[str, Any]:
     return _get(server, "/props")
 
 
+def metrics(session: httpx.Client) -> dict[str, float]:
+    """Return the plain series of `/metrics`, without their prefix; nothing where it has none.
+
+    From a million on the server rounds to six digits. Raises httpx.HTTPError, ValueError.
+    """
+    answer = session.get("/metrics")
+    if answer.is_error:
+        return {}
+    lines = (line.split() for line in answer.text.splitlines() if line.startswith("llamacpp:"))
+    return {name.removeprefix("llamacpp:"): float(value) for name, value in lines}
+
+
 def models(server: Server) -> Mapping[str, Any]:
     """Return the server's list of models (one).
 
@@ -237,8 +249,14 @@ def _get(server: Server, path: str) -> Mapping[str, Any]:
     try:
         with session(server) as client:
             answer = client.get(path)
+        if answer.status_code in (401, 403):
+            raise StackError(
+                f"{server.url} refuses the key ({answer.status_code}).",
+                "Give the server's own key, an attached server's with --key-file.",
+                Code.VERIFY,
+            )
         answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise _refused(server, str(error)) from error
+        raise _refused(server, str(error).partition("\n")[0]) from error
     found: Mapping[str, Any] = answer.json()
     return found

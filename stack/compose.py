@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stack import gguf_header
-from stack.config import Project, Service
+from stack.config import Project, Service, Settings
 from stack.errors import Code, StackError
-from stack.host import Process, Result, children, run
+from stack.host import Process, Result, children, reason, run
 from stack.server import Server
 
 if TYPE_CHECKING:
@@ -69,19 +69,31 @@ class Docker:
         """Make sure that the engine answers. Raises as `client`."""
         _ = self.client
 
-    def compose(self, *arguments: str, show: int | None = None, **settings: str) -> Result:
+    def compose(
+        self,
+        *arguments: str,
+        show: int | None = None,
+        timeout_s: float | None = None,
+        settings: Settings | None = None,
+    ) -> Result:
         """Run `docker compose` on this project with exactly its settings.
 
         Raises:
             StackError: see `failure`.
 
         """
-        done = self._run(*arguments, show=show, **settings)
+        done = self._run(*arguments, show=show, timeout_s=timeout_s, settings=settings)
         if done.status:
             raise failure(arguments[0], done)
         return done
 
-    def _run(self, *arguments: str, show: int | None = None, **settings: str) -> Result:
+    def _run(
+        self,
+        *arguments: str,
+        show: int | None = None,
+        timeout_s: float | None = None,
+        settings: Settings | None = None,
+    ) -> Result:
         known = self.project.settings
         env = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_", "COMPOSE_"))}
         argv = [
@@ -92,8 +104,9 @@ class Docker:
         patience_s = _UP_LIMIT_S if arguments[0] == "up" else 0
         return run(
             [*argv, *arguments],
-            env={**env, **known, **settings},
+            env={**env, **known, **(settings or {})},
             show=show,
+            timeout_s=timeout_s,
             patience_s=patience_s,
         )
 
@@ -129,10 +142,12 @@ class Docker:
         self.compose(
             *("build", service.name),
             show=2,
-            GLM_BASE=self._base(service),
-            GLM_CA_FILE=self._ca_file,
-            GLM_CREATED=created,
-            GLM_ENGINE_SOURCE=str(source),
+            settings={
+                "GLM_BASE": self._base(service),
+                "GLM_CA_FILE": self._ca_file,
+                "GLM_CREATED": created,
+                "GLM_ENGINE_SOURCE": str(source),
+            },
         )
 
     @property
@@ -234,8 +249,7 @@ class Docker:
         self.compose(
             *("build", "--quiet", "models"),
             show=2,
-            GLM_BASE=self._base(service),
-            GLM_CA_FILE=self._ca_file,
+            settings={"GLM_BASE": self._base(service), "GLM_CA_FILE": self._ca_file},
         )
         settings = {"GLM_CA_FILE": self._ca_file}
         if token:  # through the environment: a command line is there for all to read
@@ -243,7 +257,7 @@ class Docker:
         if os.isatty(2):  # so that bars come through, though it has no terminal of its own
             settings |= {"TTY_COMPATIBLE": "1", "COLUMNS": str(os.get_terminal_size(2).columns)}
         flags = ("--rm", "--no-TTY")
-        return self._run("run", *flags, "models", *arguments, show=2, **settings).status
+        return self._run("run", *flags, "models", *arguments, show=2, settings=settings).status
 
     def _base(self, service: Service) -> str:
         """Return a base image that is here: the configured one, or one made of Debian's packages.
@@ -295,6 +309,25 @@ class Docker:
         entry = ["docker", "run", "--rm", "--network=none", "--entrypoint", argv[0]]
         return run([*entry, service.image, *argv[1:]], timeout_s=60)
 
+    def tool(self, service: Service, name: str, *arguments: str, timeout_s: float) -> Result:
+        """Run one of the image's programs as the server would run: settings, model, GPU, limits.
+
+        Raises:
+            StackError: LOAD when it fails, HOST when it outlasts `timeout_s`.
+
+        """
+        container = f"{self.project.name}-{service.name}-tool"
+        argv = ["--no-deps", "-T", "--name", container, "--entrypoint", f"/app/{name}"]
+        try:
+            self._remove(container)
+            return self.compose("run", *argv, service.name, *arguments, timeout_s=timeout_s)
+        finally:  # Compose leaves it running when it is interrupted, and its network in any case
+            self._remove(container)
+            run(["docker", "network", "rm", f"{self.project.name}_default"])  # unless it is in use
+
+    def _remove(self, container: str) -> None:
+        run(["docker", "rm", "--force", container], timeout_s=60)
+
     def sibling(self, service: Service, *argv: str) -> Result:
         """Run a command of the base image in a container beside the project's own."""
         network = f"--network={self.project.name}_default"
@@ -309,6 +342,7 @@ class Docker:
         labels = [
             f"com.docker.compose.project={self.project.name}",
             f"com.docker.compose.service={service.name}",
+            "com.docker.compose.oneoff=False",
         ]
         found = self.client.containers.list(all=True, filters={"label": labels})
         return found[0] if found else None
@@ -435,10 +469,12 @@ def failure(verb: str, done: Result) -> StackError:
         for line in lines:
             if sign in line:
                 return StackError(f"docker compose {verb}: {line}", f"Please {remedy}.", code)
-    reason = lines[-1].removeprefix("Error response from daemon: ")
+    said = (reason(done) if verb == "run" else lines[-1]).removeprefix(
+        "Error response from daemon: "
+    )
     code = Code.BUILD if verb == "build" else Code.LOAD
     remedy = "Read the lines above." if verb == "build" else "See `docker compose ps --all`."
-    return StackError(f"docker compose {verb} failed ({done.status}): {reason}", remedy, code)
+    return StackError(f"docker compose {verb} failed ({done.status}): {said}", remedy, code)
 
 
 def _debootstrap(folder: Path) -> list[str | Path]:

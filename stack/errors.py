@@ -20,6 +20,7 @@ class Code(IntEnum):
     STALLED = 41
     ON_CPU = 42
     VERIFY = 50
+    MISSED = 51
 
 
 class StackError(Exception):

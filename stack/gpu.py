@@ -37,6 +37,8 @@ class Reading:
     sm_mhz: int | None
     memory_mhz: int | None
     power_w: float | None
+    energy_j: float | None
+    """Counted since the driver was loaded; differences of it are what was used."""
     temperature_c: int | None
     throttle: tuple[str, ...] | None
 
@@ -251,6 +253,7 @@ def _read(nvml: Any, handle: Any) -> Reading:
     memory = ask("nvmlDeviceGetMemoryInfo", handle)
     load = ask("nvmlDeviceGetUtilizationRates", handle)
     power_mw = ask("nvmlDeviceGetPowerUsage", handle)
+    energy_mj = ask("nvmlDeviceGetTotalEnergyConsumption", handle)
     bits = ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
     slowed = (word for word, name in _SLOWED.items() if bits & getattr(nvml, name))
     return Reading(
@@ -262,6 +265,7 @@ def _read(nvml: Any, handle: Any) -> Reading:
         sm_mhz=ask("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
         memory_mhz=ask("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
         power_w=power_mw and power_mw / 1000,
+        energy_j=energy_mj and energy_mj / 1000,
         temperature_c=ask("nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
         throttle=None if bits is None else tuple(slowed),
     )

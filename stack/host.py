@@ -27,6 +27,13 @@ class Result:
     stderr: str
 
 
+def reason(done: Result) -> str:
+    """Return the line of a failed program's words that says most: its last error, or last line."""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower()]
+    return (telling or lines or ["it said nothing"])[-1]
+
+
 def run(
     argv: Sequence[str | Path],
     *,
@@ -272,6 +279,22 @@ def answers(host: str, port: int, *, timeout_s: float = 3) -> bool:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """A process's CPU time since its start, to a tick (10 ms), and its resident memory now."""
+
+    cpu_s: float
+    resident_mib: float
+
+
+def busy_s() -> float:
+    """Return the CPU time of all that ran on this machine since boot, and that of its host's."""
+    user, nice, system, _idle, _iowait, *interrupts = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
 class Process:
     """A process that cannot be mistaken for a later one with the same pid.
 
@@ -304,6 +327,14 @@ class Process:
         """Return page faults and CPU ticks: they move while it works, not while it is stuck."""
         fields = _stat(self.pid)
         return tuple(fields[i] for i in (7, 9, 11, 12)) if fields else ()
+
+    def usage(self) -> "Usage | None":
+        """Return what it has used so far; None once it is gone."""
+        fields = _stat(self.pid)
+        if not fields or int(fields[19]) != self.started:
+            return None
+        ticks, pages = int(fields[11]) + int(fields[12]), int(fields[21])
+        return Usage(ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to its process group, if it still runs."""

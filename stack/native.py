@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stack.config import Project, Service
 from stack.errors import Code, StackError
-from stack.host import Process, Result, listening_port, run, spawn, write_atomic
+from stack.host import Process, Result, listening_port, reason, run, spawn, write_atomic
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 
@@ -44,6 +44,24 @@ class Native:
     def execute(self, service: Service, *argv: str) -> Result:  # noqa: ARG002
         """Run one of the engine's programs to its end."""
         return run(argv, timeout_s=60)
+
+    def tool(self, service: Service, name: str, *arguments: str, timeout_s: float) -> Result:
+        """Run one of the engine's programs as the server would run: settings, model, GPU.
+
+        Raises:
+            StackError: LOAD when it fails, HOST when it outlasts `timeout_s`.
+
+        """
+        translated = (_on_host(service, argument) for argument in arguments)
+        env = _inherited() | _settings(service)
+        done = run([self.program(service, name), *translated], env=env, timeout_s=timeout_s)
+        if done.status:
+            raise StackError(
+                f"{name} failed ({done.status}): {reason(done)}",
+                "See whether the model and its context fit in the memory that is free.",
+                Code.LOAD,
+            )
+        return done
 
     def program(self, service: Service, name: str) -> str:
         """Return the path of one of the engine's programs for the service's backend."""
@@ -152,23 +170,14 @@ class Native:
             StackError: LOAD, when it ends before it listens.
 
         """
-        settings = {
-            name: str(service.host_path(Path(value))) if value.startswith("/") else value
-            for name, value in service.environment.items()
-        }
-        settings |= {"LLAMA_ARG_HOST": service.bind, "LLAMA_ARG_PORT": str(service.port or 0)}
-        if service.gpus:  # counted as nvidia-smi and Docker do
-            settings |= {"CUDA_VISIBLE_DEVICES": ",".join(service.gpus)}
-            settings |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        foreign = ("LLAMA_", "GLM_", "HF_", "CUDA_")
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+        settings = _settings(service)
         self._folder.mkdir(parents=True, exist_ok=True)
         # The record first: a server without one would be nobody's.
         record = {"bind": service.bind, "settings": settings}
         write_atomic(self._record_file(service), json.dumps(record, indent=1))
         spawn(
             [self.program(service, "llama-server")],
-            env=inherited | settings,
+            env=_inherited() | settings,
             log=self._log_file(service),
             pid_file=self._pid_file(service),
         )
@@ -248,6 +257,25 @@ class Native:
         self._record_file(service).unlink(missing_ok=True)
         self._pid_file(service).unlink(missing_ok=True)
         return running
+
+
+def _on_host(service: Service, value: str) -> str:
+    return str(service.host_path(Path(value))) if value.startswith("/") else value
+
+
+def _settings(service: Service) -> dict[str, str]:
+    """Return the settings of `compose.yaml` for a process of the host."""
+    settings = {name: _on_host(service, value) for name, value in service.environment.items()}
+    settings |= {"LLAMA_ARG_HOST": service.bind, "LLAMA_ARG_PORT": str(service.port or 0)}
+    if service.gpus:  # counted as nvidia-smi and Docker do
+        settings |= {"CUDA_VISIBLE_DEVICES": ",".join(service.gpus)}
+        settings |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return settings
+
+
+def _inherited() -> dict[str, str]:
+    foreign = ("LLAMA_", "GLM_", "HF_", "CUDA_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
 
 
 def _tail(path: Path, lines: int) -> str:

@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]
 """Receives what is being done, and how much of how much is done."""
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     """Show nothing."""
 
 
@@ -47,7 +47,13 @@ class Runtime(Protocol):
         """Return the path of one of the engine's programs, as `execute` takes it."""
 
     def execute(self, service: Service, *argv: str) -> Result:
-        """Run a program of the service's engine to its end."""
+        """Run a program of the service's engine to its end, with no settings, model or GPU."""
+
+    def tool(self, service: Service, name: str, *arguments: str, timeout_s: float) -> Result:
+        """Run a program of the engine to its end as the server would run: settings, model, GPU.
+
+        A path among the arguments is the container's. Raises StackError when it fails.
+        """
 
     def start(self, service: Service, *, key: str) -> Server:
         """Start the service, replacing what is left of an earlier one."""
@@ -75,12 +81,12 @@ class Up:
     """What the engine told of this start; None where it was up before."""
 
 
-def native(project: Project, progress: Progress = _silent) -> Native:
+def native(project: Project, progress: Progress = silent) -> Native:
     """Return the native runtime."""
     return Native(project, progress=lambda done, total: progress("engine", done, total))
 
 
-def choose(project: Project, *, want: str | None = None, progress: Progress = _silent) -> Runtime:
+def choose(project: Project, *, want: str | None = None, progress: Progress = silent) -> Runtime:
     """Return the runtime named `docker` or `native`; None takes Docker where an engine is.
 
     An engine that is there and does not answer is an error, not a reason to run natively.
@@ -113,7 +119,7 @@ def present(project: Project) -> list[Runtime]:
 
 
 def build(
-    runtime: Runtime, project: Project, service: Service, *, progress: Progress = _silent
+    runtime: Runtime, project: Project, service: Service, *, progress: Progress = silent
 ) -> None:
     """Build the engine for a service. Raises StackError, mostly BUILD."""
     runtime.check()
@@ -121,7 +127,7 @@ def build(
     runtime.build(service, source=source)
 
 
-def include_model(project: Project, service: Service, *, progress: Progress = _silent) -> list[str]:
+def include_model(project: Project, service: Service, *, progress: Progress = silent) -> list[str]:
     """Make an image that holds the service's model too; return the command that serves it.
 
     Raises StackError: as `ensure_model` and `build`; DISK where Docker has no room.
@@ -135,7 +141,7 @@ def include_model(project: Project, service: Service, *, progress: Progress = _s
 
 
 def ensure_model(
-    project: Project, service: Service, *, stand_in: bool, progress: Progress = _silent
+    project: Project, service: Service, *, stand_in: bool, progress: Progress = silent
 ) -> Header:
     """Make sure that the service's model is there, is the locked one, and can be served.
 
@@ -175,7 +181,7 @@ def up(
     service: Service,
     *,
     stand_in: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Up:
     """Serve a quant: build, make or check, start, wait, and see it generate.
 

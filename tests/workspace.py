@@ -5,7 +5,16 @@ import socket
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_LINKED = ("compose.yaml", "docker", "pyproject.toml", "stack", "tasks.py", "uv.lock", ".cache")
+_LINKED = (
+    "bench",
+    "compose.yaml",
+    "docker",
+    "pyproject.toml",
+    "stack",
+    "tasks.py",
+    "uv.lock",
+    ".cache",
+)
 
 
 def make(folder: Path, **settings: str) -> Path:

@@ -41,6 +41,7 @@ H200 = {
     "nvmlDeviceGetUtilizationRates": pynvml.c_nvmlUtilization_t(gpu=0, memory=0),
     "nvmlDeviceGetClockInfo": {pynvml.NVML_CLOCK_SM: 345, pynvml.NVML_CLOCK_MEM: 3201}.get,
     "nvmlDeviceGetPowerUsage": 76_500,
+    "nvmlDeviceGetTotalEnergyConsumption": 1_234_500,
     "nvmlDeviceGetTemperature": {pynvml.NVML_TEMPERATURE_GPU: 31}.get,
     "nvmlDeviceGetCurrentClocksEventReasons": pynvml.nvmlClocksEventReasonGpuIdle,
 }

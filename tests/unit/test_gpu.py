@@ -40,9 +40,9 @@ def test_every_figure_is_told_in_its_unit(install: Install) -> None:
 
     _, *figures = astuple(gpu.gpus()[0])
 
-    assert figures[:9] == [143771, 143171, 600, 0, 345, 3201, 76.5, 31, ()]
-    assert figures[9:13] == [0, "GPU-0", "NVIDIA H200", "90a-real"]
-    assert figures[13:] == ["580.159.04", "13.2", None, (7,)]
+    assert figures[:10] == [143771, 143171, 600, 0, 345, 3201, 76.5, 1234.5, 31, ()]
+    assert figures[10:14] == [0, "GPU-0", "NVIDIA H200", "90a-real"]
+    assert figures[14:] == ["580.159.04", "13.2", None, (7,)]
 
 
 @pytest.mark.parametrize("answer", [UNSUPPORTED, 2**32 - 1], ids=["unsupported", "sentinel"])
@@ -53,6 +53,7 @@ def test_every_figure_is_told_in_its_unit(install: Install) -> None:
         ("nvmlDeviceGetUtilizationRates", "utilisation_percent"),
         ("nvmlDeviceGetClockInfo", "sm_mhz"),
         ("nvmlDeviceGetPowerUsage", "power_w"),
+        ("nvmlDeviceGetTotalEnergyConsumption", "energy_j"),
         (THROTTLE, "throttle"),
         (MODE, "mode"),
     ],

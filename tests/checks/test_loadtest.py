@@ -1,0 +1,355 @@
+"""The load test can be believed: it agrees with the server, with the engine, and says when not."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from bench import ceiling, generator, loadtest, records, results
+from bench.analysis import Point
+from bench.generator import Load
+from bench.loadtest import Now, Plan
+from bench.prompts import Spread
+from bench.results import Measurement, Summary
+from bench.telemetry import PREDICTED, PROMPT, counters
+from bench.verdict import Slo
+from stack import config, gpu, host, runtime
+from stack.config import Project, Service
+from stack.errors import Code, StackError
+from stack.server import Server
+from stack.wait import wait_until
+from tests import workspace
+from tests.checks.conftest import Target
+
+FEW, MANY = 1, 12
+# Prompts of some length: with short ones the tiny model gives a token every 0.6 ms, and a tenth of
+# that is less than two processes on two cores can be held to.
+PLAN = Plan(
+    clients=(FEW, MANY),
+    prompt=Spread(480, 544),
+    output=Spread(48, 80),
+    duration_s=6,
+    warmup_s=1,
+    repeats=1,
+)
+ATTEMPTS = 2
+"""What else runs on a machine makes a run INVALID; that is no fault of what is tested."""
+KILLED_S = 3
+LONG = replace(PLAN, clients=(2,), duration_s=60)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A load test, and where its results are."""
+
+    summary: Summary
+    folder: Path
+
+    @property
+    def valid(self) -> Summary:
+        """The summary as if every run were valid and had been repeated with the same result."""
+        runs = tuple(replace(each, faults=()) for each in self.summary.measurements)
+        return replace(self.summary, measurements=2 * runs)
+
+    def at(self, clients: int) -> Measurement:
+        """Return the first run with so many clients."""
+        return next(m for m in self.summary.measurements if m.point.clients == clients)
+
+
+@pytest.fixture(scope="session")
+def measured(
+    request: pytest.FixtureRequest,
+    project: Project,
+    service: Service,
+    target: Target,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Measured:
+    option = request.config.option
+
+    def measure(folder: Path) -> Summary:
+        if target.runtime == "attached":
+            server = request.getfixturevalue("server")
+            return loadtest.measure(server, PLAN, root=workspace.ROOT, folder=folder)
+        engine = request.getfixturevalue("engine")
+        return loadtest.own(engine, project, service, PLAN, folder=folder)
+
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path_factory.mktemp("results")
+        if option.evidence:
+            folder = option.evidence / f"loadtest-{target}-{attempt}"
+        summary = loadtest.finish(measure(folder), PLAN, folder).summary
+        if not any(each.faults for each in summary.measurements):
+            break
+    return Measured(summary, folder)
+
+
+@pytest.fixture
+def running(
+    request: pytest.FixtureRequest, project: Project, service: Service, target: Target
+) -> Iterator[Server]:
+    """A server for one test, which may kill it."""
+    if target.runtime == "attached":
+        yield request.getfixturevalue("server")
+        return
+    with runtime.serving(request.getfixturevalue("engine"), project, service) as up:
+        yield up.server
+
+
+def quiet(measured: Measured) -> None:
+    """Skip what a machine that is busy with other things cannot show."""
+    spans = (each.span for each in measured.summary.measurements if each.faults)
+    others = [span.other_cores for span in spans if span and span.other_cores]
+    if max(others, default=0) > loadtest.BUSY_CORES:
+        pytest.skip(f"other processes took up to {max(others):.1f} cores meanwhile")
+
+
+def test_every_run_is_valid(measured: Measured) -> None:
+    quiet(measured)
+    assert [each.faults for each in measured.summary.measurements] == [()] * 2
+
+
+def test_it_passes(measured: Measured) -> None:
+    quiet(measured)
+    said = loadtest.conclude(measured.summary, PLAN)
+
+    assert (said.verdict, said.code) == ("PASS", 0), said
+
+
+def test_no_more_than_the_slots_are_processed(measured: Measured) -> None:
+    most = [m.span.processing_most for m in measured.summary.measurements if m.span]
+
+    assert max(filter(None, most)) == measured.at(MANY).slots
+
+
+def test_clients_beyond_the_slots_wait(measured: Measured) -> None:
+    run = measured.at(MANY)
+    assert run.span
+    assert run.slots
+
+    assert run.span.deferred == pytest.approx(MANY - run.slots, abs=2)
+
+
+def test_one_client_never_waits(measured: Measured) -> None:
+    span = measured.at(FEW).span
+
+    assert span
+    assert span.deferred_most == 0
+
+
+@pytest.mark.parametrize("clients", [FEW, MANY])
+def test_served_is_below_the_engines_ceiling_but_not_far(measured: Measured, clients: int) -> None:
+    if not measured.summary.ceiling:
+        pytest.skip("an attached server's engine is out of reach")
+    run = measured.at(clients)
+    share = ceiling.share(run.point, run.slots, measured.summary.ceiling)
+
+    assert share
+    assert share.decode
+    # Above 1 only where others took more of the machine from the engine than from the server.
+    assert 0.05 < share.whole < 1.5
+    assert 0.05 < share.decode < 1.5
+
+
+def test_server_and_client_use_the_cpu(measured: Measured, target: Target) -> None:
+    if target.runtime == "attached":
+        pytest.skip("an attached server's processes are out of reach")
+    span = measured.at(MANY).span
+
+    assert span
+    assert span.server_cores
+    assert span.client_cores
+    assert 0 < span.client_cores < span.server_cores
+
+
+def test_energy_is_told_where_there_is_a_gpu(measured: Measured, service: Service) -> None:
+    if not service.gpus or not any(each.energy_j for each in gpu.gpus()):
+        pytest.skip(f"{service.name} uses no GPU that counts its energy")
+
+    assert measured.at(FEW).joules_token
+
+
+def test_results_come_back_as_they_were_written(measured: Measured) -> None:
+    read = results.read(measured.folder / "summary.json")
+    kept = [len(list(records.read(path))) for path in measured.folder.glob("*.jsonl")]
+
+    assert len(read.measurements) == len(kept) == 2
+    assert read.provenance == measured.summary.provenance
+    assert min(kept) >= measured.at(FEW).point.requests
+    assert "<svg" in (measured.folder / "report.html").read_text()
+
+
+def test_the_same_is_no_worse(measured: Measured) -> None:
+    changes = results.compare(measured.valid, measured.valid)
+
+    assert {each.verdict for each in changes} == {"same"}
+
+
+def changed(summary: Summary, change: Callable[[Point], Point]) -> Summary:
+    """Return a summary with other points."""
+    runs = (replace(each, point=change(each.point)) for each in summary.measurements)
+    return replace(summary, measurements=tuple(runs))
+
+
+def test_gate_fails_against_a_baseline_that_was_faster(measured: Measured) -> None:
+    baseline = changed(measured.valid, lambda point: replace(point, tokens_s=10 * point.tokens_s))
+
+    said = loadtest.conclude(measured.valid, PLAN, results.compare(measured.valid, baseline))
+
+    assert (said.verdict, said.code) == ("FAIL", Code.MISSED)
+    assert "output tokens/s" in said.reason
+
+
+def test_target_that_nothing_meets_is_missed(measured: Measured) -> None:
+    summary = changed(measured.valid, lambda point: replace(point, good=0))
+
+    said = loadtest.conclude(summary, replace(PLAN, slo=Slo()))
+
+    assert (said.verdict, said.code) == ("FAIL", Code.MISSED)
+
+
+def test_tokens_are_the_servers_own_count_exactly(running: Server) -> None:
+    load = Load(clients=3, requests=12, duration_s=60, prompt=Spread(64, 96), output=Spread(16, 64))
+    before = counters(running)
+
+    run = generator.run(running, load)
+
+    after = counters(running)
+    assert [each.error for each in run.records] == [None] * 12
+    seen = sum(read.tokens for each in run.records for read in each.reads)
+    assert seen == sum(each.output_tokens or 0 for each in run.records)
+    assert after[PREDICTED] - before[PREDICTED] == seen
+    prompts = sum((each.prompt_tokens or 0) - (each.cached_tokens or 0) for each in run.records)
+    assert after[PROMPT] - before[PROMPT] == prompts
+
+
+def test_server_killed_mid_run_is_told_with_its_time(
+    running: Server, target: Target, tmp_path: Path
+) -> None:
+    if target.runtime == "attached":
+        pytest.skip("an attached server is not ours to kill")
+
+    def kill(now: Now) -> None:
+        if now.snapshot and now.snapshot.elapsed_s > KILLED_S:
+            with contextlib.suppress(ProcessLookupError):  # told again before it is noticed
+                os.kill(running.processes[0].pid, signal.SIGKILL)
+
+    start = time.monotonic()
+
+    summary = loadtest.measure(running, LONG, root=workspace.ROOT, folder=tmp_path, watch=kill)
+
+    said = loadtest.finish(summary, LONG, tmp_path).said
+    assert (said.verdict, said.code) == ("FAIL", Code.VERIFY)
+    told = re.search(r"ended.* ([\d.]+) s into the run with 2 clients", said.reason)
+    assert told, said.reason
+    assert float(told[1]) == pytest.approx(KILLED_S, abs=1)
+    assert time.monotonic() - start < LONG.duration_s / 2
+    assert results.read(tmp_path / "summary.json").interrupted == summary.interrupted
+    assert any(not each.error for each in records.read(next(tmp_path.glob("*.jsonl"))))
+
+
+def test_wrong_key_is_refused_before_the_start(running: Server, tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="refuses the key") as caught:
+        loadtest.measure(
+            replace(running, key="wrong"), PLAN, root=workspace.ROOT, folder=tmp_path / "x"
+        )
+
+    assert caught.value.code == Code.VERIFY
+
+
+def invoke(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "invoke", "bench", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("where", ["--docker", "--native"])
+def test_interrupt_leaves_a_summary_and_no_child(
+    request: pytest.FixtureRequest, tmp_path: Path, where: str
+) -> None:
+    option = request.config.option
+    if option.attach or (option.runtime and where != f"--{option.runtime}"):
+        pytest.skip("not the runtime that was asked for")
+    folder = workspace.make(tmp_path, GLM_TINY_PORT=str(workspace.free_port()))
+    out = folder / "out"
+    service = config.load(folder).service("tiny")
+    load = ("--clients=2", "--warmup=1", "--duration=60", "--no-ceiling")
+    with invoke(folder, *load, f"--out={out}", where) as process:
+        wait_until(
+            lambda: in_flight(service) or process.poll() is not None or None,
+            timeout_s=60,
+            what="no run",
+        )
+        time.sleep(3)  # of the run
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+
+    if "No Docker engine answers" in err:
+        pytest.skip("no Docker engine answers")
+    assert process.returncode == loadtest.INTERRUPTED, err
+    summary = results.read(out / "summary.json")
+    assert summary.interrupted
+    assert summary.measurements[0].point.requests > 0
+    assert not host.listeners(service.port or 0)
+    assert not [path for path in Path("/proc").glob("[0-9]*/cwd") if link(path) == str(folder)]
+
+
+def in_flight(service: Service) -> bool | None:
+    """Return whether anybody is connected to a service's port, as its clients are in a run."""
+    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    to = f":{service.port or 0:04X}"
+    rows = [line.split() for line in table]
+    return sum(row[2].endswith(to) and row[3] == "01" for row in rows) >= 2 or None
+
+
+def link(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["--clients=0"], Code.USAGE, "--clients must be above 0"),
+        (["--clients=1,-4"], Code.USAGE, "--clients must be above 0"),
+        (["--clients=many"], Code.USAGE, "no list of numbers"),
+        (["--clients=1000000"], Code.USAGE, "too many"),
+        (["--rate=0"], Code.USAGE, "--rate must be above 0"),
+        (["--slo=fast"], Code.USAGE, "--slo ttft=500"),
+        (["--prompt=9000"], Code.USAGE, "context of 8,192"),
+        (["--prompt=90-80"], Code.USAGE, "is empty"),
+        (["--baseline=compose.yaml"], Code.USAGE, "no summary"),
+        (["--baseline=absent.json"], Code.USAGE, "could not be read"),
+        (["--out=/proc/x"], Code.DISK, "--out"),
+        (["--attach=http://127.0.0.1:1", "--key-file=.env"], Code.VERIFY, "not ready: starting"),
+        (["--attach=http://127.0.0.1:1", "--key-file=absent"], Code.USAGE, "cannot be read"),
+        (["--native", "--docker"], Code.USAGE, "exclude"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_two_lines(
+    tmp_path: Path, arguments: list[str], code: Code, word: str
+) -> None:
+    folder = workspace.make(tmp_path, GLM_TINY_PORT=str(workspace.free_port()))
+    runs = [] if "--docker" in arguments or "--attach" in arguments[0] else ["--native"]
+
+    with invoke(folder, "--quant=tiny", *runs, *arguments) as process:
+        out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, out) == (code, ""), err
+    assert len(err.strip().splitlines()) == 2
+    assert word in err
