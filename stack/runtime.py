@@ -137,7 +137,7 @@ def include_model(project: Project, service: Service, *, progress: Progress = _s
 def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _silent) -> Header:
     """Make sure that the service's model file is there and sound; return its header.
 
-    With `stand_in`, or for a model without a repository (tiny), a missing one is made of random
+    With `stand_in`, or where its name says that it is random, a missing one is made of random
     weights.
 
     Raises:
@@ -145,13 +145,19 @@ def ensure_model(service: Service, *, stand_in: bool, progress: Progress = _sile
 
     """
     model, path = service.model, service.model_file
-    if not path.exists() and (stand_in or not model.repository):
+    if not path.exists() and (stand_in or "random" in path.name):
         kind = "random weights" if not model.repository else "stand-in, random weights"
         models.write_random(
             path,
             recipe=model.random,
             name=f"GLM-4.7-Flash {service.quant} ({kind})",
             progress=lambda done, total: progress(path.name, done, total),
+        )
+    if not path.exists() and not model.repository:
+        raise StackError(
+            f"{service.name} needs {path.name} in {path.parent}.",
+            f"git checkout -- models/{path.name}; or set another file in .env.",
+            Code.LOAD,
         )
     if not path.exists():
         raise StackError(
