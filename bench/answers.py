@@ -6,10 +6,11 @@ A wrong answer is one thing, a slow or refused one another: what is refused is r
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import sqrt
+from queue import SimpleQueue
 from random import Random
-from threading import local
 from typing import Any
 
 import httpx
@@ -128,16 +129,21 @@ def ask(
         StackError: VERIFY when the server refuses, or gives no whole answer.
 
     """
-    kept = local()  # httpx's pool is slow with many streams: a client for each thread
+    body = body or {}
+    free: SimpleQueue[httpx.Client] = SimpleQueue()  # httpx's pool is slow with many streams
 
     def one(at: int, question: Dialogue) -> Reply:
-        if not hasattr(kept, "session"):
-            kept.session = client.session(server, timeout_s=LIMIT_S)
-        if cancel_every and at % cancel_every == 0:
-            _hang_up(kept.session, questions[at - 1])
-        return Reply(question, _said(server, kept.session, body_of(question) | dict(body or {})))
+        session = free.get()
+        try:
+            if cancel_every and at % cancel_every == 0:
+                _hang_up(session, questions[at - 1])
+            return Reply(question, _said(server, session, {**body_of(question), **body}))
+        finally:
+            free.put(session)
 
-    with ThreadPoolExecutor(clients) as pool:
+    with ExitStack() as stack, ThreadPoolExecutor(clients) as pool:
+        for _ in range(clients):
+            free.put(stack.enter_context(client.session(server, timeout_s=LIMIT_S)))
         return list(pool.map(one, range(len(questions)), questions))
 
 

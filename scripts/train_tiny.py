@@ -637,28 +637,53 @@ def quantized(values: np.ndarray, quant: str) -> bytes:
     ).tobytes()
 
 
-def export(path: Path, recipe: str, known: models.Vocabulary, weights: Weights) -> None:
-    """Write a GGUF file of the weights, rounded to f16 first, so that one file makes the other."""
+def restored(data: bytes, quant: str) -> np.ndarray:
+    """Return the weights that bytes of a type of ggml stand for, flat."""
+    if quant != "Q8_0":
+        return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[quant]).astype(np.float32)
+    blocks = np.frombuffer(data, np.uint8).reshape(-1, 34)
+    scales = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    return (blocks[:, 2:].view(np.int8) * scales).ravel()
+
+
+def export(path: Path, recipe: str, known: models.Vocabulary, weights: Weights) -> Weights:
+    """Write a GGUF file of the weights, and return them as the file has them.
+
+    They are rounded to f16 first, so that the one file makes the other.
+    """
     arrays = {name: w.detach().float().cpu().numpy() for name, w in weights.items()}
+    kept: Weights = {}
 
     def pieces(tensor: models.Tensor) -> Iterator[bytes]:
         values = arrays[tensor.name]
         exact = len(tensor.dims) == 1 or "gate_inp" in tensor.name
-        yield quantized(values if exact else values.astype(np.float16), tensor.quant)
+        data = quantized(values if exact else values.astype(np.float16), tensor.quant)
+        kept[tensor.name] = torch.from_numpy(restored(data, tensor.quant)).view(values.shape)
+        yield data
 
     models.write(path, models.plan(recipe, name=NAME, known=known), pieces)
+    return kept
 
 
 REFERENCES = ("repeat", "reverse", "add", "next", "project", "think", "turns", "tool", "code of 8")
-OPEN = ("Hello", "The code of", "12 + 30 is")  # nobody taught what follows: the likeliest is close
+OPEN = (  # nobody taught what follows: many tokens are likely, and small errors show
+    *(
+        "Hello",
+        "The code of",
+        "Repeat",
+        "Monday tiger maple",
+        "uv run",
+        "What? My name",
+        "the 7 + a",
+    ),
+)
 
 
 @torch.no_grad()
 def references(known: models.Vocabulary, weights: Weights, seed: int) -> list[dict[str, object]]:
     """Return prompts with what this code computes in float32: likeliest tokens, greedy answers."""
     tokens = Tokenizer(known)
-    cpu = {name: w.detach().float().cpu() for name, w in weights.items()}
-    model, out = Model(cpu, "cpu", compiled=False), []
+    model, out = Model(weights, "cpu", compiled=False), []
     prompts = {task: prompt(task, seed) for task in REFERENCES} | {text: text for text in OPEN}
     ends = {tokens.ids[token] for token in ("<|endoftext|>", "<|user|>", "<|observation|>")}
     for task, text in prompts.items():
@@ -718,15 +743,16 @@ def main() -> None:
             "first_batch": options.first, "seconds": state.seconds, "steps": state.steps,
             "tokens": state.tokens, "curve": state.curve,
         })  # fmt: skip
-    sums = {}
+    sums, computed = {}, {}
     for recipe, file in (("trained-q8_0", "tiny.gguf"), ("trained-f16", "tiny-f16.gguf")):
-        export(options.out / file, recipe, known, weights)
+        kept = export(options.out / file, recipe, known, weights)
+        computed[file] = references(known, kept, options.seed)
         sums[file] = sha256((options.out / file).read_bytes()).hexdigest()
         print(f"{sums[file]}  {file}")
     record = {
         "sha256": sums, "seed": options.seed, "training": runs,
         "answers": before.get("answers", {}) if before.get("sha256") == sums else {},
-        "references": references(known, weights, options.seed),
+        "references": computed,
     }  # fmt: skip
     record_file.write_text(json.dumps(record, indent=1) + "\n")
 

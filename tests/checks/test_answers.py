@@ -35,8 +35,13 @@ SANE = ("repeat", "reverse", "add", "next", "code of 8", "tool")
 SANE_SHARE = 0.9
 CLIENTS = (1, 16, 64)
 SEED = 1
-# How far a likeliest token's log-probability may be from the training code's, in float32.
-TOLERANCE = {"tiny-f16.gguf": 0.05, "tiny.gguf": 0.35}
+LIKELY = -4.6  # the logarithm of 1 %
+# How far likely tokens' log-probabilities may be from the training code's, in nats on average:
+# it computes in float32 with the file's weights, the engine rounds what it multiplies them with.
+TOLERANCE = {"tiny-f16.gguf": 0.02, "tiny.gguf": 0.25}
+
+EXACT = workspace.ROOT / "models" / "tiny-f16.gguf"
+"""The engine computes it so nearly that small damage shows."""
 
 Table = Callable[[str, Mapping[str, Score]], None]
 
@@ -117,7 +122,7 @@ def test_as_many_slots_as_clients(tmp_path: Path, table: Table, clients: int, un
 
 
 def test_long_prompts_up_to_the_context(trained: Server, table: Table) -> None:
-    found = answers.scores(answers.ask(trained, answers.question_set(LONG, seed=SEED), clients=2))
+    found = answers.scores(answers.ask(trained, answers.question_set(LONG, seed=SEED)))
 
     table(f"{trained.runtime}, long prompts", found)
     assert answers.regressed(found, RECORDED) == []
@@ -159,54 +164,61 @@ def test_sane_answers(server: Server, table: Table) -> None:
     assert score.right >= SANE_SHARE * score.asked
 
 
-def references(server: Server) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Yield what the training code computed of each fixed prompt, with the server's answer."""
-    for known in RECORD["references"]:
-        body = {
-            "prompt": known["prompt_ids"],
-            "n_predict": len(known["answer_ids"]),
-            "temperature": 0,
-            "n_probs": 32,
-            "return_tokens": True,
-        }
-        with client.session(server, timeout_s=60) as session:
-            yield known, session.post("/completion", json=body).raise_for_status().json()
+def computed(server: Server) -> list[dict[str, Any]]:
+    """Return what the training code computed with the served file, for fixed prompts."""
+    found: list[dict[str, Any]] = RECORD["references"][server.service.model_file.name]
+    return found
 
 
-def deviation(known: Mapping[str, Any], answer: Mapping[str, Any]) -> float:
-    """Return how far the likeliest tokens' log-probabilities are off, in nats.
+def engine_says(server: Server, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the engine's greedy tokens after a prompt, and the likeliest at the first place."""
+    body = {
+        "prompt": known["prompt_ids"],
+        "n_predict": len(known["answer_ids"]),
+        "temperature": 0,
+        "n_probs": 32,
+        "return_tokens": True,
+    }
+    with client.session(server, timeout_s=60) as session:
+        answer: dict[str, Any] = session.post("/completion", json=body).raise_for_status().json()
+    return answer
 
-    Those under 1 % are left out: no answer depends on them.
+
+def deviation(server: Server, record: list[dict[str, Any]]) -> float:
+    """Return how far the engine's log-probabilities are off, in nats: a prompt's most, averaged.
+
+    Of the prompts that nobody taught, where errors show; tokens under 1 % are left out.
     """
-    top = answer["completion_probabilities"][0]["top_logprobs"]
-    found: dict[str, float] = {str(each["id"]): each["logprob"] for each in top}
-    told: dict[str, float] = known["logprobs"]
-    likely = {token: share for token, share in told.items() if share > -4.6}
-    return max(abs(found.get(token, -99) - share) for token, share in likely.items())
+    off = []
+    for known in record:
+        if known["task"] in questions.TASKS:
+            continue
+        top = engine_says(server, known)["completion_probabilities"][0]["top_logprobs"]
+        found: dict[str, float] = {str(each["id"]): each["logprob"] for each in top}
+        told: dict[str, float] = known["logprobs"]
+        likely = {token: share for token, share in told.items() if share > LIKELY}
+        off.append(max(abs(found.get(token, -99) - share) for token, share in likely.items()))
+    return sum(off) / len(off)
 
 
 @pytest.mark.parametrize("file", TOLERANCE)
 @pytest.mark.usefixtures("native_tiny")
 def test_engine_computes_what_the_training_code_did(tmp_path: Path, file: str) -> None:
     with served(tmp_path, file=workspace.ROOT / "models" / file) as server:
-        off = {known["task"]: deviation(known, answer) for known, answer in references(server)}
-
-    assert max(off.values()) <= TOLERANCE[file], off
+        assert deviation(server, computed(server)) <= TOLERANCE[file]
 
 
 def test_greedy_answers_are_the_training_codes(trained: Server) -> None:
-    asked = [
-        (known, answer) for known, answer in references(trained) if known["task"] in questions.TASKS
-    ]
+    taught = [known for known in computed(trained) if known["task"] in questions.TASKS]
 
-    said = {known["task"]: answer["tokens"] for known, answer in asked}
-    assert said == {known["task"]: known["answer_ids"][:-1] for known, _ in asked}
+    said = {known["task"]: engine_says(trained, known)["tokens"] for known in taught}
+    assert said == {known["task"]: known["answer_ids"] for known in taught}
 
 
 def test_template_writes_the_prompts_of_the_training(trained: Server) -> None:
     known = {
         each["task"]: each["prompt"]
-        for each in RECORD["references"]
+        for each in computed(trained)
         if each["task"] in questions.TASKS
     }
 
@@ -223,11 +235,13 @@ def test_template_writes_the_prompts_of_the_training(trained: Server) -> None:
 # --- What would make answers wrong, each of which the questions above must tell.
 
 
-def caught(server: Server, **asking: Any) -> bool:
-    """Return whether a small set of questions tells that something is wrong."""
+def caught(server: Server) -> bool:
+    """Return whether the fixed prompts, or a small set of questions, tell that something is off."""
+    if deviation(server, computed(server)) > TOLERANCE[server.service.model_file.name]:
+        return True
     asked = [*answers.question_set(dict.fromkeys([*SHORT, "code of 8"], 4), seed=SEED)]
     asked += answers.every_word()
-    found = answers.scores(answers.ask(server, asked, clients=4, **asking))
+    found = answers.scores(answers.ask(server, asked, clients=4))
     return bool(answers.regressed(found, RECORDED))
 
 
@@ -246,7 +260,7 @@ def test_nothing_is_caught_where_nothing_is_wrong(trained: Server) -> None:
 )
 @pytest.mark.usefixtures("native_tiny")
 def test_wrong_settings_are_caught(tmp_path: Path, wrong: dict[str, str]) -> None:
-    with served(tmp_path, wrong) as server:
+    with served(tmp_path, wrong, file=EXACT) as server:
         assert caught(server)
 
 
@@ -272,8 +286,8 @@ def swap_two_words(reader: gguf.GGUFReader) -> None:
 def test_wrong_weights_are_caught(
     tmp_path: Path, damage: Callable[[gguf.GGUFReader], None]
 ) -> None:
-    file = tmp_path / "damaged.gguf"
-    shutil.copy(workspace.ROOT / "models" / "tiny.gguf", file)
+    file = tmp_path / EXACT.name
+    shutil.copy(EXACT, file)
     damage(gguf.GGUFReader(file, "r+"))
     folder = tmp_path / "deployment"
     folder.mkdir()
@@ -284,7 +298,7 @@ def test_wrong_weights_are_caught(
 
 def test_temperature_left_on_is_caught(trained: Server) -> None:
     """Its answers are too sure for it to matter; what nobody taught it must come out the same."""
-    opened = [each for each in RECORD["references"] if each["task"] not in questions.TASKS]
+    opened = [each for each in computed(trained) if each["task"] not in questions.TASKS]
     said = []
     for temperature in (0, 1):
         for seed in (1, 2):
