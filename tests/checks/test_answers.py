@@ -313,7 +313,7 @@ def test_temperature_left_on_is_caught(trained: Server) -> None:
 
 @contextmanager
 def proxied(server: Server, change: Callable[[bytes], bytes]) -> Iterator[Server]:
-    """Put a proxy before a server that changes the body of each answer."""
+    """Put a proxy before a server that changes the body of each chat answer."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -322,7 +322,8 @@ def proxied(server: Server, change: Callable[[bytes], bytes]) -> Iterator[Server
             body = self.rfile.read(int(self.headers["Content-Length"]))
             with client.session(server, timeout_s=answers.LIMIT_S) as session:
                 answer = session.post(self.path, content=body)
-            content = change(answer.content)
+            chat = self.path.endswith("/chat/completions")
+            content = change(answer.content) if chat else answer.content
             self.send_response(answer.status_code)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
