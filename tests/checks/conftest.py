@@ -4,6 +4,7 @@ They start deployments of their own and leave the user's alone. What this machin
 skipped by name, with the reason.
 """
 
+import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.runtime}-{self.quant}"
+
+
+def pytest_sessionstart() -> None:
+    """Undo a shell's ignoring of Ctrl-C for what it runs in the background: children inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
