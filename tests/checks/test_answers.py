@@ -22,6 +22,7 @@ import pytest
 from bench import answers, questions
 from bench.answers import Score
 from stack import client, config, keys, runtime
+from stack.errors import StackError
 from stack.server import Server
 from tests import workspace
 
@@ -284,7 +285,18 @@ def swap_two_words(reader: gguf.GGUFReader) -> None:
     embedding.data[pair] = embedding.data[pair[::-1]]
 
 
-@pytest.mark.parametrize("damage", [softmax, silence_an_expert, swap_two_words])
+@pytest.mark.usefixtures("native_tiny")
+def test_wrong_gating_is_caught_before_it_is_served(tmp_path: Path) -> None:
+    file = Path(shutil.copy(EXACT, tmp_path))
+    softmax(gguf.GGUFReader(file, "r+"))
+    folder = tmp_path / "deployment"
+    folder.mkdir()
+
+    with pytest.raises(StackError, match="expert_gating_func is 1"), served(folder, file=file):
+        pass
+
+
+@pytest.mark.parametrize("damage", [silence_an_expert, swap_two_words])
 @pytest.mark.usefixtures("native_tiny")
 def test_wrong_weights_are_caught(
     tmp_path: Path, damage: Callable[[gguf.GGUFReader], None]

@@ -31,7 +31,7 @@ from stack.native import Native
 from stack.wait import wait_until
 from tests.hub import ALWAYS, CDN, Fault, Hub
 
-FILE = "glm-tiny-random.gguf"
+FILE = "tiny.gguf"
 LOCK = "models.lock"
 OWN = {".download/lock", ".download/verified.json"}
 TOKEN = "hf_that-nobody-may-see"
