@@ -50,6 +50,12 @@ def load(session: nox.Session) -> None:
 
 
 @nox.session
+def answers(session: nox.Session) -> None:
+    """Ask questions with known answers, of one client and of many, and count the right ones."""
+    _pytest(session, "tests/checks/test_answers.py", *session.posargs)
+
+
+@nox.session
 def network(session: nox.Session) -> None:
     """Check who reaches the server, from where, and with which key."""
     _pytest(session, "tests/checks/test_network.py", *session.posargs)

@@ -236,7 +236,7 @@ def _allow_files(clients: int) -> None:
 def schedule(load: Load) -> Iterator[float]:
     """Yield when the requests of an open loop are due, in seconds after the start."""
     rate, whole_s = load.rate or 0, load.warmup_s + load.duration_s
-    chance = random.Random(load.seed)  # noqa: S311
+    chance = random.Random(load.seed)
     due_s = 0.0
     for number in itertools.count():
         if load.arrivals == "poisson":
@@ -488,7 +488,7 @@ class _Driver:
 
     def _body(self, stream: _Stream, request: _Request) -> bytes:
         """Return the bytes of a request; the seed and its number fix its lengths."""
-        load, chance = self.load, random.Random(f"{self.load.seed}/{request.number}")  # noqa: S311
+        load, chance = self.load, random.Random(f"{self.load.seed}/{request.number}")
         text = self.vocabulary.text(load.prompt.draw(chance) - load.shared, after=self.prefix)
         body = json.dumps(
             {

@@ -415,7 +415,7 @@ class _Session:
         jobs = [(level, n) for level in tried or levels for n in range(plan.repeats)]
         jobs = [job for job in jobs if job[1] or job[0] not in tried]
         self.steps = len(self.measurements) + len(jobs)
-        random.Random(plan.seed).shuffle(jobs)  # noqa: S311  # an order, no secret
+        random.Random(plan.seed).shuffle(jobs)  # an order, no secret
         yield from jobs
 
     def to_the_knee(self) -> Iterator[float]:

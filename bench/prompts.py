@@ -73,7 +73,7 @@ class Vocabulary:
 
 def vocabulary(words: Sequence[tuple[str, int]], overhead: int) -> Vocabulary:
     """Make a vocabulary of words, each with a blank before it, and their costs."""
-    chance = random.Random()  # noqa: S311
+    chance = random.Random()
     blocks = [_draw(words, _BLOCK, chance) for _ in range(256)]
     return Vocabulary(words, overhead, chance, blocks)
 

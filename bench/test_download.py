@@ -18,7 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from stack import host, models
 from tests.hub import REPOSITORY, Hub
 
-FILE = "glm-tiny-random.gguf"
+FILE = "tiny.gguf"
 SIZE_BYTES = 4_000_000_000
 ROUNDS = 3
 

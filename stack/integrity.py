@@ -155,7 +155,7 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 def is_made_here(service: Service) -> bool:
-    """Return whether a service's file is of random weights: a stand-in, or no repository's."""
+    """Return whether a service's file is of no hub: a stand-in, or one without a repository."""
     return not service.model.repository or service.model.path.name.endswith(STAND_IN)
 
 
@@ -256,7 +256,7 @@ def hashed(copy: Copy, wanted: Locked, progress: Progress | None = None) -> Copy
 def require_verified(service: Service, progress: Progress | None = None) -> None:
     """Make sure that a service's files are the locked ones, hashing those that changed.
 
-    Files of random weights are made here and have no lock.
+    Files of no hub have no lock.
 
     Raises:
         StackError: LOAD where one is missing, INTEGRITY where one is not, or not known to be, what
@@ -336,7 +336,7 @@ def listing(services: Iterable[Service], *, verify: Progress | None = None) -> t
                 copy = hashed(copy, copy.locked, verify)  # noqa: PLW2901
             state = copy.state
             if is_made_here(service) and copy.stamp:
-                state = "stand-in" if copy.file.endswith(STAND_IN) else "random"
+                state = next((word for word in ("stand-in", "random") if word in copy.file), "own")
             size = copy.stamp.size if copy.stamp else copy.locked.size if copy.locked else None
             revision = copy.locked.revision if copy.locked else ""
             found[copy.path] = Listed(service.quant, copy.file, size, revision, state)

@@ -1,16 +1,17 @@
-"""GGUF files of GLM-4.7-Flash's architecture with random weights: tiny, and the stand-ins.
+"""Writes GGUF files of GLM-4.7-Flash's architecture: of given weights, or of random ones.
 
-A stand-in has a published file's tensors and nearly its size, so the engine takes the same memory
-and time over it. Most of its vocabulary is short words, so nearly every token shows as text.
+A stand-in, of random weights, has a published file's tensors and nearly its size, so the engine
+takes the same memory and time over it. Most of its vocabulary is short words, so nearly every token
+shows as text.
 """
 
 import errno
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from hashlib import shake_128
@@ -29,12 +30,35 @@ MARGIN_BYTES = 1 << 30
 TEMPLATE = """\
 [gMASK]<sop>
 {%- set turns = {"system": "<|system|>", "assistant": "<|assistant|>", "tool": "<|observation|>"} %}
+{%- if tools %}
+    {{- "<|system|>Tools:" }}
+    {%- for tool in tools %}
+        {{- " " ~ tool.function.name ~ "(" }}
+        {%- for parameter in tool.function.parameters.properties %}
+            {{- ", " if not loop.first }}{{ parameter }}
+        {%- endfor %}
+        {{- ")" }}
+    {%- endfor %}
+{%- endif %}
 {%- for message in messages %}
     {{- turns.get(message.role, "<|user|>") }}
-    {%- if message.role == "assistant" %}
-        {{- "<think>" ~ (message.reasoning_content or "") ~ "</think>" }}
+    {%- if message.role == "tool" %}
+        {{- "<tool_response>" ~ message.content ~ "</tool_response>" }}
+    {%- else %}
+        {%- if message.role == "assistant" %}
+            {{- "<think>" ~ (message.reasoning_content or "") ~ "</think>" }}
+        {%- endif %}
+        {{- message.content or "" }}
+        {%- for call in message.tool_calls or [] %}
+            {{- "<tool_call>" ~ call.function.name }}
+            {%- for key, value in call.function.arguments.items() %}
+                {{- "<arg_key>" ~ key ~ "</arg_key><arg_value>" }}
+                {{- value if value is string else value | tojson }}
+                {{- "</arg_value>" }}
+            {%- endfor %}
+            {{- "</tool_call>" }}
+        {%- endfor %}
     {%- endif %}
-    {{- message.content or "" }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- "<|assistant|><think>" }}
@@ -85,6 +109,15 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """Tokens in GPT-2's byte alphabet, their GGUF types, and BPE's merges, first ones first."""
+
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A tensor to write: ``dims`` in ggml's order, the contiguous one (the fan-in) first."""
 
@@ -101,7 +134,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `write_random` writes: ``header``, then each of ``tensors``, padded."""
+    """What `write` writes: ``header``, then each of ``tensors``, padded."""
 
     recipe: str
     size_bytes: int
@@ -122,6 +155,7 @@ SHAPES = {
         v_head=64, ff=512, expert_ff=192, experts=8, experts_used=2, vocab=512, context=8192,
     ),
 }  # fmt: skip
+SHAPES["trained"] = replace(SHAPES["tiny"], layers=5, vocab=1024)
 
 # The published mixes are unknown: these meet the published sizes, with the bits where they pay.
 FLOATS = {"*norm.weight": "F32", "*.ffn_gate_inp.weight": "F32", "*.bias": "F32"}
@@ -137,6 +171,8 @@ RECIPES = {
         "blk.[1-4].ffn_down_exps.*": "F16", "blk.4[4-6].ffn_down_exps.*": "F16",
         "*_exps.*": "Q8_0", "*": "F16",
     }),
+    "trained-q8_0": Recipe(SHAPES["trained"], 7, FLOATS | {"*": "Q8_0"}),
+    "trained-f16": Recipe(SHAPES["trained"], 1, FLOATS | {"*": "F16"}),
 }  # fmt: skip
 
 # Where a block has its f16 scales, and the standard deviation that a scale of 1 gives its weights
@@ -173,20 +209,28 @@ def _dims(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from (("output_norm.weight", (s.embd,)), ("output.weight", (s.embd, s.vocab)))
 
 
-def _vocabulary(size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their GGUF types: GPT-2's byte alphabet, GLM's specials, then words of letters."""
+def byte_alphabet() -> list[str]:
+    """Return the character by which GPT-2's tokens write each byte."""
     shifted, printable = count(256), {*range(33, 127), *range(161, 173), *range(174, 256)}
-    alphabet = [chr(byte if byte in printable else next(shifted)) for byte in range(256)]
-    lengths = (product(ascii_lowercase, repeat=length) for length in count(1))
-    words = (alphabet[ord(" ")] + "".join(word) for length in lengths for word in length)
-    tokens = [*alphabet, *CONTROL_TOKENS, *MARKUP_TOKENS]
+    return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]
+
+
+def vocabulary(words: Iterable[str], size: int, *, merges: list[str] | None = None) -> Vocabulary:
+    """Make a vocabulary: GPT-2's byte alphabet, GLM's specials, then as many words as there fit."""
+    tokens = [*byte_alphabet(), *CONTROL_TOKENS, *MARKUP_TOKENS]
     kinds = [1] * 256 + [3] * len(CONTROL_TOKENS) + [4] * len(MARKUP_TOKENS)
     missing = size - len(tokens)
-    return tokens + list(islice(words, missing)), kinds + [1] * missing
+    return Vocabulary(tokens + list(islice(words, missing)), kinds + [1] * missing, merges or [])
 
 
-def _metadata(recipe: Recipe, name: str, template: str) -> dict[str, object]:
-    s, (tokens, kinds) = recipe.shape, _vocabulary(recipe.shape.vocab)
+def _words() -> Iterator[str]:
+    """Yield words of letters, short ones first, as tokens with a blank before them."""
+    lengths = (product(ascii_lowercase, repeat=length) for length in count(1))
+    return (byte_alphabet()[ord(" ")] + "".join(word) for length in lengths for word in length)
+
+
+def _metadata(recipe: Recipe, name: str, template: str, known: Vocabulary) -> dict[str, object]:
+    s, tokens = recipe.shape, known.tokens
     architecture = {
         "block_count": s.layers, "context_length": s.context, "embedding_length": s.embd,
         "feed_forward_length": s.ff, "vocab_size": s.vocab,
@@ -211,8 +255,8 @@ def _metadata(recipe: Recipe, name: str, template: str) -> dict[str, object]:
         "general.file_type": recipe.file_type, "general.quantization_version": 2,
         **{f"deepseek2.{key}": value for key, value in architecture.items()},
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "glm4",
-        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": [], "tokenizer.chat_template": template,
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": known.kinds,
+        "tokenizer.ggml.merges": known.merges, "tokenizer.chat_template": template,
         **{f"tokenizer.ggml.{key}_token_id": tokens.index(token) for key, token in special.items()},
     }  # fmt: skip
 
@@ -242,8 +286,12 @@ def _padding(size_bytes: int) -> bytes:
     return bytes(-size_bytes % ALIGNMENT_BYTES)
 
 
-def plan(recipe: str, *, name: str = "", template: str = TEMPLATE) -> Plan:
-    """Lay out what `write_random` would write; the size is exact for that name and template.
+def plan(
+    recipe: str, *, name: str = "", template: str = TEMPLATE, known: Vocabulary | None = None
+) -> Plan:
+    """Lay out what `write` would write; the size is exact for that name, template and vocabulary.
+
+    Without one, most of the vocabulary is words of letters.
 
     Raises:
         StackError: USAGE where the recipe is unknown.
@@ -253,7 +301,8 @@ def plan(recipe: str, *, name: str = "", template: str = TEMPLATE) -> Plan:
         cause = f"unknown recipe {recipe!r} for random weights"
         raise StackError(cause, f"use one of: {', '.join(RECIPES)}", Code.USAGE)
     made = RECIPES[recipe]
-    keys, tensors, infos, weights_bytes = _metadata(made, name, template), [], b"", 0
+    known = known or vocabulary(_words(), made.shape.vocab)
+    keys, tensors, infos, weights_bytes = _metadata(made, name, template, known), [], b"", 0
     for part, dims in _dims(made.shape):
         quant = next(quant for pattern, quant in made.mix.items() if fnmatchcase(part, pattern))
         tensors.append(tensor := Tensor(part, dims, quant))
@@ -304,11 +353,13 @@ def _weights(tensor: Tensor, seed: int, pool_of: Pools) -> Iterator[bytes | memo
         left -= window
 
 
-def _contents(planned: Plan, seed: int) -> Iterator[bytes | memoryview]:
+Weights = Callable[[Tensor], Iterable[bytes | memoryview]]
+
+
+def _contents(planned: Plan, weights: Weights) -> Iterator[bytes | memoryview]:
     yield planned.header
-    pool_of = cache(partial(_pool, seed))
     for tensor in planned.tensors:
-        yield from _weights(tensor, seed, pool_of)
+        yield from weights(tensor)
         yield _padding(tensor.size_bytes)
 
 
@@ -321,16 +372,31 @@ def write_random(
     template: str = TEMPLATE,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a GGUF file of random weights, whole or not at all; equal arguments give equal bytes.
+    """Write a GGUF file of random weights; equal arguments give equal bytes.
+
+    Raises:
+        StackError: USAGE where the recipe is unknown; else as `write`.
+
+    """
+    weights = partial(_weights, seed=seed, pool_of=cache(partial(_pool, seed)))
+    write(path, plan(recipe, name=name, template=template), weights, progress=progress)
+
+
+def write(
+    path: Path,
+    planned: Plan,
+    weights: Weights,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a GGUF file, whole or not at all; ``weights`` gives each tensor's bytes in pieces.
 
     ``progress`` is called with the bytes written and the bytes in all.
 
     Raises:
-        StackError: USAGE where the recipe is unknown; DISK where the file cannot be written, or
-            would leave less than 1 GiB free.
+        StackError: DISK where the file cannot be written, or would leave less than 1 GiB free.
 
     """
-    planned = plan(recipe, name=name, template=template)
     part, folder = path.with_name(f".{path.name}.part"), path.parent
     needed_bytes = planned.size_bytes + MARGIN_BYTES
     needed = f"{needed_bytes / 1e9:.2f} GB"
@@ -339,7 +405,7 @@ def write_random(
         if (free_bytes := shutil.disk_usage(folder).free) < needed_bytes:
             raise OSError(errno.ENOSPC, f"it needs {needed}, {free_bytes / 1e9:.2f} GB are free")
         with part.open("wb") as file:
-            for piece in _contents(planned, seed):
+            for piece in _contents(planned, weights):
                 file.write(piece)
                 if progress:
                     progress(file.tell(), planned.size_bytes)

@@ -145,7 +145,7 @@ def ensure_model(
 ) -> Header:
     """Make sure that the service's model is there, is the locked one, and can be served.
 
-    With `stand_in`, or for a model without a repository (tiny), a missing one is made of random
+    With `stand_in`, or where its name says that it is random, a missing one is made of random
     weights. Returns its header.
 
     Raises:
@@ -154,13 +154,19 @@ def ensure_model(
 
     """
     model, path = service.model, service.model_file
-    if not path.exists() and (stand_in or not model.repository):
+    if not path.exists() and (stand_in or "random" in path.name):
         kind = "random weights" if not model.repository else "stand-in, random weights"
         models.write_random(
             path,
             recipe=model.random,
             name=f"GLM-4.7-Flash {service.quant} ({kind})",
             progress=lambda done, total: progress(path.name, done, total),
+        )
+    if not path.exists() and not model.repository:
+        raise StackError(
+            f"{service.name} needs {path.name} in {path.parent}.",
+            f"git checkout -- models/{path.name}; or set another file in .env.",
+            Code.LOAD,
         )
     integrity.require_verified(service, progress)
     header = gguf_header.read(path)

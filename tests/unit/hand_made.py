@@ -46,7 +46,7 @@ PROVENANCE = Provenance(
 
 def rng(seed: int) -> random.Random:
     """Return a source of the same numbers each time."""
-    return random.Random(seed)  # noqa: S311
+    return random.Random(seed)
 
 
 def record(

@@ -1,0 +1,204 @@
+"""Asks a server questions with known answers, from many clients at once, and counts the right ones.
+
+A wrong answer is one thing, a slow or refused one another: what is refused is raised.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import sqrt
+from queue import SimpleQueue
+from random import Random
+from typing import Any
+
+import httpx
+
+from bench.questions import TASKS, WORDS, Dialogue, Turn, draw
+from stack import client
+from stack.errors import Code, StackError
+from stack.server import Server
+
+LIMIT_S = 300
+ANSWER_TOKENS = 96
+Z_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server said to a question."""
+
+    question: Dialogue
+    said: Turn
+
+    @property
+    def right(self) -> bool:
+        """Whether text, thought and tool call are exactly the expected."""
+        return self.said == self.question.answer
+
+    @property
+    def sane(self) -> bool:
+        """Whether the expected is in it, whatever else a more talkative model says."""
+        expected = self.question.answer
+        return expected.content.lower() in self.said.content.lower() and (
+            expected.call == self.said.call
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many answers of a task were right."""
+
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        """Of those asked."""
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval of the share that is right."""
+        n, share = self.asked, self.share
+        middle = share + Z_95**2 / (2 * n)
+        spread = Z_95 * sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+        scale = 1 + Z_95**2 / n
+        return (middle - spread) / scale, (middle + spread) / scale
+
+
+def question_set(counts: Mapping[str, int], *, seed: int) -> list[Dialogue]:
+    """Draw so many held-out questions of each task, mixed; equal arguments give equal ones."""
+    drawn = [
+        draw(TASKS[task], rng, held_out=True)
+        for task, count in counts.items()
+        for rng in [Random(f"{seed} {task}")]
+        for _ in range(count)
+    ]
+    Random(seed).shuffle(drawn)
+    return drawn
+
+
+def every_word() -> list[Dialogue]:
+    """Ask for each word once, so that none can be lost unseen."""
+    parts = (" ".join(WORDS[at : at + 12]) for at in range(0, len(WORDS), 12))
+    return [
+        Dialogue("repeat", (Turn("user", f"Repeat: {part}"), Turn("assistant", part)))
+        for part in parts
+    ]
+
+
+def regressed(found: Mapping[str, Score], recorded: Mapping[str, Score]) -> list[str]:
+    """Return the tasks that are worse than their record.
+
+    What the record has all right must be all right: a fixed question's greedy answer does not
+    vary. Else the record's share must lie within the interval, or below.
+    """
+    return [
+        task
+        for task, score in found.items()
+        if score.right < score.asked
+        and (recorded[task].share == 1 or score.interval[1] < recorded[task].share)
+    ]
+
+
+def scores(replies: Iterable[Reply]) -> dict[str, Score]:
+    """Count right answers by task."""
+    found: dict[str, Score] = {}
+    for reply in replies:
+        before = found.get(reply.question.task, Score(0, 0))
+        found[reply.question.task] = Score(before.right + reply.right, before.asked + 1)
+    return found
+
+
+def ask(
+    server: Server,
+    questions: Sequence[Dialogue],
+    *,
+    clients: int = 1,
+    cancel_every: int = 0,
+    body: Mapping[str, object] | None = None,
+) -> list[Reply]:
+    """Ask every question once, ``clients`` at a time, greedily; return the replies in that order.
+
+    Before every ``cancel_every``-th question its client begins a long answer, and hangs up on it.
+    ``body`` adds to each request, or changes it.
+
+    Raises:
+        StackError: VERIFY when the server refuses, or gives no whole answer.
+
+    """
+    body = body or {}
+    free: SimpleQueue[httpx.Client] = SimpleQueue()  # httpx's pool is slow with many streams
+
+    def one(at: int, question: Dialogue) -> Reply:
+        session = free.get()
+        try:
+            if cancel_every and at % cancel_every == 0:
+                _hang_up(session, questions[at - 1])
+            return Reply(question, _said(server, session, {**body_of(question), **body}))
+        finally:
+            free.put(session)
+
+    with ExitStack() as stack, ThreadPoolExecutor(clients) as pool:
+        for _ in range(clients):
+            free.put(stack.enter_context(client.session(server, timeout_s=LIMIT_S)))
+        return list(pool.map(one, range(len(questions)), questions))
+
+
+def body_of(question: Dialogue) -> dict[str, object]:
+    """Return the request that asks a question greedily."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": _schema(parameters)}}
+        for name, parameters in question.tools.items()
+    ]
+    return {
+        "messages": [_message(turn) for turn in question.turns[:-1]],
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 0,
+        **({"tools": tools} if tools else {}),
+    }
+
+
+def _schema(parameters: Iterable[str]) -> dict[str, object]:
+    return {"type": "object", "properties": {name: {"type": "string"} for name in parameters}}
+
+
+def _message(turn: Turn) -> dict[str, object]:
+    message: dict[str, object] = {"role": turn.role, "content": turn.content}
+    if turn.thought:
+        message["reasoning_content"] = turn.thought
+    if turn.call:
+        name, arguments = turn.call
+        function = {"name": name, "arguments": json.dumps(arguments)}
+        message["tool_calls"] = [{"id": "0", "type": "function", "function": function}]
+    if turn.role == "tool":
+        message["tool_call_id"] = "0"
+    return message
+
+
+def _hang_up(session: httpx.Client, question: Dialogue) -> None:
+    """Begin a long answer as a stream, and end the connection at its first token."""
+    body = body_of(question) | {"stream": True, "ignore_eos": True, "max_tokens": 512}
+    with session.stream("POST", "/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines(), None)
+
+
+def _said(server: Server, session: httpx.Client, body: Mapping[str, object]) -> Turn:
+    try:
+        answer = session.post("/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        message: Mapping[str, Any] = answer.json()["choices"][0]["message"]
+        calls = [
+            (call["function"]["name"], json.loads(call["function"]["arguments"]))
+            for call in message.get("tool_calls") or ()
+        ]
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        raise StackError(
+            f"{server.service.name} gave no whole answer: {error or type(error).__name__}.",
+            f"See `invoke logs --quant {server.service.quant}`.",
+            Code.VERIFY,
+        ) from error
+    content, thought = message.get("content") or "", message.get("reasoning_content") or ""
+    return Turn("assistant", content, thought, calls[0] if len(calls) == 1 else None)
