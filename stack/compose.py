@@ -112,12 +112,13 @@ class Docker:
 
     def built(self, service: Service) -> bool:
         """Return whether the service's image is there, of the pinned engine and for its GPU."""
-        labels = self.image_labels(service)
-        return labels.get(
-            "org.opencontainers.image.revision"
-        ) == self.project.engine.commit and labels.get("glm.cuda.archs") == service.build_args.get(
-            "CUDA_ARCH", ""
-        )
+        engine, labels = self.project.engine, self.image_labels(service)
+        wanted = {
+            "org.opencontainers.image.revision": engine.commit,
+            "glm.engine.build": str(engine.build),
+            "glm.cuda.archs": service.build_args.get("CUDA_ARCH", ""),
+        }
+        return all(labels.get(name) == value for name, value in wanted.items())
 
     def image_labels(self, service: Service) -> dict[str, str]:
         """Return the labels of the service's image; empty when there is no image."""

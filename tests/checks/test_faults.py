@@ -5,6 +5,7 @@ Each test drives the command line in a deployment of its own, with real processe
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -349,18 +350,22 @@ def test_interrupted_stand_in_leaves_nothing(deployment: Deployment) -> None:
 
 def test_interrupted_build_leaves_the_old_engine(deployment: Deployment) -> None:
     deployment.set(GLM_ENGINE_SOURCE=engine.source(deployment.project))
+    build = f'"{deployment.project.engine.build}"'
     compose = deployment.folder / "compose.yaml"
     text = compose.read_text()
     compose.unlink()
-    compose.write_text(text.replace('"11312"', '"11313"'))
+    other = str(10**6 + secrets.randbelow(10**6))  # one that no cache has
+    compose.write_text(text.replace(build, f'"{other}"'))
     (deployment.folder / ".cache").unlink()
     before = image_id(deployment)
     process = deployment.start("build", deployment.flag)
 
-    done = interrupt(process, when=lambda: builds(deployment))
+    done = interrupt(process, when=lambda: builds(deployment, other))
 
     assert done.status in INTERRUPTED, done
-    wait_until(lambda: None if builds(deployment) else True, timeout_s=10, what="still building")
+    wait_until(
+        lambda: None if builds(deployment, other) else True, timeout_s=10, what="still building"
+    )
     assert image_id(deployment) == before
     assert deployment.flag == "--docker" or not deployment.runtime.built(deployment.service)
 
@@ -373,9 +378,9 @@ def image_id(deployment: Deployment) -> str | None:
     return image.id
 
 
-def builds(deployment: Deployment) -> bool:
+def builds(deployment: Deployment, number: str) -> bool:
     """Return whether a CMake of this very build runs, in a container or not."""
-    mark = {"--docker": "LLAMA_BUILD_NUMBER=11313", "--native": f"--build\0{deployment.folder}"}
+    mark = {"--docker": f"LLAMA_BUILD_NUMBER={number}", "--native": f"--build\0{deployment.folder}"}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if mark[deployment.flag].encode() in path.read_bytes():
