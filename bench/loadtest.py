@@ -233,8 +233,7 @@ def _ceiling(
 ) -> Ceiling:
     gpu.require(service, chosen="GLM_GPU" in project.settings)
     runtime.ensure_model(project, service, stand_in=stand_in, progress=progress)
-    if not chosen.built(service):
-        runtime.build(chosen, project, service, progress=progress)
+    runtime.ensure_engine(chosen, project, service, progress=progress)
     doubled = (1 << n for n in range(MOST_CLIENTS.bit_length()))
     levels = (1, service.slots) if plan.rates else doubled if plan.search else plan.clients
     return ceiling.measure(

@@ -127,6 +127,14 @@ def build(
     runtime.build(service, source=source)
 
 
+def ensure_engine(
+    runtime: Runtime, project: Project, service: Service, *, progress: Progress = silent
+) -> None:
+    """Build the service's engine unless it is built. Raises as `build`."""
+    if not runtime.built(service):
+        build(runtime, project, service, progress=progress)
+
+
 def include_model(project: Project, service: Service, *, progress: Progress = silent) -> list[str]:
     """Make an image that holds the service's model too; return the command that serves it.
 
@@ -134,8 +142,7 @@ def include_model(project: Project, service: Service, *, progress: Progress = si
     """
     docker = Docker(project)
     ensure_model(project, service, stand_in=False, progress=progress)
-    if not docker.built(service):
-        build(docker, project, service, progress=progress)
+    ensure_engine(docker, project, service, progress=progress)
     docker.include_model(service)
     return docker.alone(service)
 
@@ -219,8 +226,7 @@ def up(
     header = ensure_model(project, service, stand_in=stand_in, progress=progress)
     if service.gpus:
         fit.check(service, header)
-    if not runtime.built(service):
-        build(runtime, project, service, progress=progress)
+    ensure_engine(runtime, project, service, progress=progress)
     start = time.monotonic()
     try:
         server = runtime.start(service, key=key)

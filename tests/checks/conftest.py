@@ -112,8 +112,7 @@ def engine(
         chosen = runtime.choose(project, want=target.runtime)
     except NoEngineError as error:
         pytest.skip(error.cause)
-    if not chosen.built(service):
-        runtime.build(chosen, project, service)
+    runtime.ensure_engine(chosen, project, service)
     return chosen
 
 

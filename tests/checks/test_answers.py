@@ -84,8 +84,7 @@ def served(
     changed = {**service.environment, "LLAMA_ARG_MODEL": str(model.path), **(environment or {})}
     keys.make(service)
     native = runtime.native(project)
-    if not native.built(service):
-        runtime.build(native, project, service)
+    runtime.ensure_engine(native, project, service)
     with runtime.serving(native, project, replace(service, environment=changed, model=model)) as up:
         yield up.server
 

@@ -93,8 +93,7 @@ def deployment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deplo
         chosen = deployment.runtime
     except NoEngineError as error:
         pytest.skip(error.cause)
-    if not chosen.built(deployment.service):
-        runtime.build(chosen, deployment.project, deployment.service)
+    runtime.ensure_engine(chosen, deployment.project, deployment.service)
     yield deployment
     deployment.runtime.stop(deployment.service)
 
