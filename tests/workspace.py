@@ -2,8 +2,12 @@
 
 import secrets
 import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+Started = subprocess.Popen[str]
 ROOT = Path(__file__).parent.parent
 _LINKED = (
     "bench",
@@ -29,6 +33,28 @@ def make(folder: Path, **settings: str) -> Path:
     lines = [f"{name}={value}\n" for name, value in (defaults | settings).items()]
     (folder / ".env").write_text("".join(lines))
     return folder
+
+
+def invoke(
+    folder: Path,
+    *arguments: str,
+    by: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    session: bool = False,
+) -> Started:
+    """Start an `invoke` in such a folder, through a program `by` if one is named.
+
+    `env` is this process's own if it is None; `session` gives it a session of its own.
+    """
+    return subprocess.Popen(
+        [*by, sys.executable, "-m", "invoke", *arguments],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=session,
+    )
 
 
 def free_port() -> int:

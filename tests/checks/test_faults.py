@@ -9,8 +9,6 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from stack.runtime import Runtime
 from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
+from tests.workspace import Started
 
 # Python itself may end by the signal once more; a shell says 130 for both.
 INTERRUPTED = (130, -signal.SIGINT)
@@ -39,15 +38,8 @@ class Deployment:
     folder: Path
     flag: str
 
-    def start(self, *arguments: str, **env: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "invoke", *arguments],
-            cwd=self.folder,
-            env={**os.environ, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *arguments: str, **env: str) -> Started:
+        return workspace.invoke(self.folder, *arguments, env={**os.environ, **env})
 
     def invoke(self, *arguments: str, **env: str) -> host.Result:
         with self.start(*arguments, **env) as process:
@@ -309,7 +301,7 @@ def locked_by(deployment: Deployment, pid: int) -> None:
     )
 
 
-def interrupt(process: "subprocess.Popen[str]", *, when: Callable[[], object]) -> host.Result:
+def interrupt(process: Started, *, when: Callable[[], object]) -> host.Result:
     """Press Ctrl-C on a process once `when` is true, and return how it ended."""
     with process:
         wait_until(

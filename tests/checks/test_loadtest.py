@@ -4,8 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
 from tests.checks.conftest import Target
+from tests.workspace import Started
 
 FEW, MANY = 1, 12
 # Prompts of some length: with short ones the tiny model gives a token every 0.6 ms, and a tenth of
@@ -264,15 +263,8 @@ def test_wrong_key_is_refused_before_the_start(running: Server, tmp_path: Path) 
     assert caught.value.code == Code.VERIFY
 
 
-def invoke(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "invoke", "bench", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def invoke(folder: Path, *arguments: str) -> Started:
+    return workspace.invoke(folder, "bench", *arguments, session=True)
 
 
 @pytest.mark.parametrize("where", ["--docker", "--native"])

@@ -12,8 +12,6 @@ import random
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +27,9 @@ from stack.compose import Docker, NoEngineError
 from stack.errors import Code
 from stack.native import Native
 from stack.wait import wait_until
+from tests import workspace
 from tests.hub import ALWAYS, CDN, Fault, Hub
+from tests.workspace import Started
 
 FILE = "tiny.gguf"
 LOCK = "models.lock"
@@ -84,15 +84,9 @@ class Deployment:
 
     def start(
         self, *arguments: str, by: tuple[str, ...] = (), env: Mapping[str, str] = NO_MORE
-    ) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [*by, sys.executable, "-m", "invoke", *arguments],
-            cwd=self.folder,
-            env=self.hub.environment(self.folder) | {"HF_TOKEN": TOKEN, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    ) -> Started:
+        whole = self.hub.environment(self.folder) | {"HF_TOKEN": TOKEN, **env}
+        return workspace.invoke(self.folder, *arguments, by=by, env=whole)
 
     def invoke(
         self, *arguments: str, by: tuple[str, ...] = (), env: Mapping[str, str] = NO_MORE
@@ -132,7 +126,7 @@ class Deployment:
         return max(sizes, default=0)
 
 
-def ended(process: "subprocess.Popen[str]") -> host.Result:
+def ended(process: Started) -> host.Result:
     out, err = process.communicate(timeout=180)
     assert TOKEN not in out + err
     assert "Traceback" not in err, err
@@ -513,7 +507,7 @@ def await_(begun: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def held(process: "subprocess.Popen[str]", deployment: Deployment) -> Iterator[None]:
+def held(process: Started, deployment: Deployment) -> Iterator[None]:
     """Hold a download while the context lasts, from when its first bytes were sent."""
     await_(deployment.hub.sent_bytes)
     process.send_signal(signal.SIGSTOP)
