@@ -17,6 +17,7 @@ _LINKED = (
     "stack",
     "tasks.py",
     "uv.lock",
+    "verbs",
     ".cache",
 )
 

@@ -60,7 +60,11 @@ def test_packages_of_the_container_are_those_of_the_lock(tmp_path: Path) -> None
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_documents_name_tasks_and_sessions_that_exist(document: str) -> None:
     text = (ROOT / document).read_text()
-    tasks = set(re.findall(r"@task\ndef (\w+)", (ROOT / "tasks.py").read_text()))
+    tasks = {
+        name
+        for module in (ROOT / "verbs").glob("*.py")
+        for name in re.findall(r"@task\ndef (\w+)", module.read_text())
+    }
     sessions = set(re.findall(r"@nox\.session.*\ndef (\w+)", (ROOT / "noxfile.py").read_text()))
 
     assert set(re.findall(r"invoke (?!-)(\w+)", text)) <= tasks

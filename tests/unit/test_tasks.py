@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from tasks import Shown
+from verbs.terminal import Shown
 
 
 @pytest.fixture

@@ -1,0 +1,129 @@
+"""Serve, stop, look, ask."""
+
+import contextlib
+import logging
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from invoke.context import Context
+
+from verbs.terminal import acting, dump, read_project, select, task
+
+if TYPE_CHECKING:
+    from stack.runtime import State, Up
+
+
+@task
+def up(
+    _: Context,
+    quant: list[str],
+    native: bool = False,
+    docker: bool = False,
+    stand_in: bool = False,
+) -> None:
+    """Serve quants: make what is missing, start, wait, and see them generate."""
+    from stack import runtime
+
+    with acting("up", native=native, docker=docker, stand_in=stand_in) as act:
+        for service in select(act.project, quant):
+            done = runtime.up(
+                act.runtime, act.project, service, stand_in=stand_in, progress=act.progress
+            )
+            try:
+                _tell_up(done)
+            except KeyboardInterrupt:  # too late to undo it; a second one ends the next quant
+                print(f"{service.name} is up.")
+
+
+def _tell_up(up: "Up") -> None:
+    from stack import runtime
+
+    state, service = runtime.state(up.server), up.server.service
+    served = (state.model, state.context, state.slots)
+    if served != (service.model_file.name, service.context, service.slots):
+        logging.getLogger("stack").warning("It was started with other settings; down and up again.")
+    how = "was up already" if up.was_up else f"is up, loaded in {up.ready_s:.1f} s"
+    print(f"{service.name} ({state.runtime}) {how} and generates.")
+    print(f"  URL      {state.url}/v1")
+    print(f"  key      in {service.key_file}")
+    print(f"  model    {service.alias}: {state.model}")
+    print(f"  context  {state.context:,} tokens, {state.slots} slots")
+    print(
+        f"  speed    {up.first.decode_tokens_s:.0f} tokens/s, one client, {up.first.tokens} tokens"
+    )
+    option = f" --quant {service.quant}"
+    print("Next:")
+    for command in (f"ask 'hello'{option}", "status", f"down{option}"):
+        print(f"  uv run invoke {command}")
+
+
+@task
+def down(_: Context, quant: list[str]) -> None:
+    """Stop quants, all of them if none is named."""
+    from stack import host, runtime
+
+    project = read_project()
+    with host.lock(project.state, verb="down"):
+        runtimes = runtime.present(project)
+        for service in select(project, quant or list(project.services)):
+            for name in runtime.down(service, runtimes):
+                print(f"{service.name} ({name}) is stopped.")
+    print("Nothing runs." if not quant else "Done.")
+
+
+@task
+def status(_: Context, json: bool = False) -> None:
+    """Show what each quant is doing."""
+    from rich.console import Console
+
+    from stack import runtime
+
+    states = runtime.states(read_project())
+    if json:
+        print(dump([asdict(each) for each in states]))
+    else:
+        Console().print(_table(states))
+
+
+def _table(states: "tuple[State, ...]") -> Any:
+    from rich.table import Table
+
+    columns = ("quant", "runtime", "state", "URL", "context", "slots", "model")
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column != "model")
+    for each in states:
+        numbers = (f"{each.context:,}", str(each.slots)) if each.context else ("", "")
+        where = (each.quant, each.runtime, f"{each.state} {each.detail}".strip(), each.url)
+        table.add_row(*where, *numbers, each.model)
+    return table
+
+
+@task
+def logs(_: Context, quant: list[str], follow: bool = False) -> None:
+    """Show the last lines of the servers' logs."""
+    from stack import runtime
+
+    project = read_project()
+    runtimes = runtime.present(project)
+    for service in select(project, quant or list(project.services)):
+        for where, server in runtime.servers_of(service, runtimes):
+            if follow:
+                with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+                    where.follow(service)
+            else:
+                print(server.logs(200))
+
+
+@task
+def ask(_: Context, message: str, quant: list[str], tokens: int = 256) -> None:
+    """Ask a running server a question and stream its answer."""
+    from stack import client, runtime
+
+    server = runtime.running(read_project(), quant[0] if quant else None)
+    for part in client.stream(server, message, tokens=tokens):
+        if isinstance(part, str):
+            print(part, end="", flush=True)
+        else:
+            print(f"\n{part.tokens} tokens at {part.decode_tokens_s:.1f} tokens/s", file=sys.stderr)

@@ -1,0 +1,211 @@
+"""What every task shares: its options and errors, the lock, progress bars."""
+
+import contextlib
+import functools
+import inspect
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invoke.exceptions import Exit
+from invoke.tasks import task as invoke_task
+
+if TYPE_CHECKING:
+    from stack.config import Project, Service
+    from stack.runtime import Progress, Runtime
+
+ROOT = Path(__file__).parent.parent
+INTERRUPTED = 130
+BRIEF_S = 2
+DRAWN_S = 0.1
+MANY = 1_000_000
+HELP = {
+    "a": "a summary.json of a load test, the new one",
+    "arch": "CUDA architectures to compile for, as CMake names them: 120a-real;90a-real, or host",
+    "arrivals": "how requests come at a --rate: poisson, constant or ramp",
+    "attach": "the URL of a server that runs already, instead of one of our own",
+    "b": "the one that it is compared with",
+    "baseline": "a summary.json that nothing may be worse than",
+    "ceiling": "do not measure what the engine does without a server",
+    "clients": "how many at once, each sending when its last answer has ended: 1,4,16,64",
+    "context": "tokens of context, in place of GLM_CONTEXT",
+    "docker": "insist on Docker",
+    "in-container": "with the Python of a container, as `docker compose run --rm models` does",
+    "duration": "seconds of each run, after its warm-up",
+    "follow": "keep showing new lines until Ctrl-C",
+    "goodput": "look for the most clients, or multiples of --rate, that meet the SLO",
+    "json": "print JSON",
+    "key-file": "the attached server's key",
+    "message": "the question",
+    "native": "run the engine as a plain process",
+    "out": "a folder for records, summary and report",
+    "output": "tokens of an answer, or from-to",
+    "prompt": "tokens of a prompt, or from-to",
+    "prompts": "cold, shared (a common prefix of --shared tokens) or turns (of a conversation)",
+    "prune": "list, then remove, partial files and files fetched here that are not locked",
+    "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
+    "rate": "requests a second, in place of --clients: 0.5,1,2",
+    "repeat": "runs of each load, in random order",
+    "seed": "of lengths, arrivals and the order of runs",
+    "shared": "tokens of the common prefix",
+    "slo": "the target: ttft=500,tpot=30 (ms), and share=0.95",
+    "slots": "requests at the same time, in place of GLM_SLOTS",
+    "stand-in": "use random weights of the model's full shape, made here, instead of its file",
+    "sweep": "double the clients from 1 until the knee is behind",
+    "tokens": "the most tokens to answer with",
+    "turns": "turns of a conversation",
+    "update": "move the lock to the newest commit of the repository",
+    "verify": "hash every locked file",
+    "warmup": "seconds of load before each run counts",
+    "with-model": "a quant of which to make an image that holds its model too",
+}
+
+
+def task(function: Callable[..., None]) -> Any:
+    """Make a task: options described by HELP, errors and Ctrl-C turned into an exit code."""
+
+    @functools.wraps(function)
+    def body(*args: Any, **kwargs: Any) -> None:
+        from stack.errors import StackError
+
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("stack").setLevel(logging.INFO)
+        try:
+            function(*args, **kwargs)
+        except StackError as error:
+            raise Exit(str(error), error.code) from None
+        except KeyboardInterrupt:
+            raise Exit("Interrupted; what was begun is undone.", INTERRUPTED) from None
+
+    names = inspect.signature(function).parameters
+    options = {name.replace("_", "-") for name in names}
+    return invoke_task(
+        body,
+        help={option: text for option, text in HELP.items() if option in options},
+        iterable=["quant"] if "quant" in names else [],
+        positional=[name for name in ("message", "a", "b") if name in names],
+        auto_shortflags=False,
+    )
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What an acting task works with while it holds the project's lock."""
+
+    project: "Project"
+    runtime: "Runtime"
+    progress: "Progress"
+
+
+@contextlib.contextmanager
+def acting(
+    verb: str,
+    *,
+    native: bool = False,
+    docker: bool = False,
+    stand_in: bool = False,
+    **settings: str,
+) -> Iterator[Acting]:
+    """Hold the lock of the project, with a runtime for `verb` and bars, while the context lasts."""
+    from stack import host, runtime
+    from stack.errors import Code, StackError
+
+    if native and docker:
+        raise StackError("--native and --docker exclude each other.", "Give one.", Code.USAGE)
+    want = "native" if native else "docker" if docker else None
+    project = read_project(stand_in=stand_in, **settings)
+    with host.lock(project.state, verb=verb), bars() as progress:
+        yield Acting(project, runtime.choose(project, want=want, progress=progress), progress)
+
+
+@contextlib.contextmanager
+def bars() -> "Iterator[Progress]":
+    """Yield a callback that draws a bar on standard error for each thing it hears of.
+
+    Where that is no terminal, what takes over two seconds gets a line at each tenth instead.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        shown: dict[str, Shown] = {}
+
+        @functools.cache
+        def bars() -> Progress:
+            amount = TextColumn("{task.fields[amount]}")
+            columns = ("{task.description}", BarColumn(), amount, TimeRemainingColumn())
+            return stack.enter_context(Progress(*columns, console=console))
+
+        def show(what: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            each = shown.setdefault(what, Shown(now, done))
+            if now - each.drawn < DRAWN_S and done < total:
+                return
+            each.drawn = now
+            amount = each.amount(done, total)
+            if console.is_terminal:
+                if each.row is None:
+                    each.row = bars().add_task(what, amount="")
+                bars().update(each.row, completed=done, total=total, amount=amount)
+            elif (tenth := 10 * done // total) > each.tenth:
+                each.tenth = tenth
+                if now - each.begun > BRIEF_S:
+                    console.print(f"{what}: {amount}{each.left(done, total)}", highlight=False)
+
+        yield show
+
+
+@dataclass
+class Shown:
+    """What was shown of a thing in progress; `before` was done when it was first heard of."""
+
+    begun: float
+    before: int
+    drawn: float = 0
+    tenth: int = 0
+    row: Any = None
+
+    def _rate(self, done: int) -> float:
+        return (done - self.before) / max(time.monotonic() - self.begun, DRAWN_S)
+
+    def amount(self, done: int, total: int) -> str:
+        """Say how much is done; a total of millions can only be bytes, which have a rate."""
+        percent = f"{100 * done // total} %"
+        if total < MANY:
+            return percent
+        rate = f"{self._rate(done) / 1e6:.0f} MB/s"
+        return f"{percent}, {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate}"
+
+    def left(self, done: int, total: int) -> str:
+        """Say how long the rest will take, where it is bytes."""
+        if total < MANY or done == total or (rate := self._rate(done)) <= 0:
+            return ""
+        minutes, seconds = divmod(int((total - done) / rate), 60)
+        return f", {minutes}:{seconds:02} left"
+
+
+def read_project(*, stand_in: bool = False, **settings: str) -> "Project":
+    """Read the project; settings of the command line, unless empty, win over .env."""
+    from stack import config
+
+    given = {name: value for name, value in settings.items() if value}
+    project = config.load(ROOT, given=given)
+    if stand_in:
+        return config.load(ROOT, given=given, overrides=config.stand_ins(project))
+    return project
+
+
+def select(project: "Project", quant: list[str]) -> "list[Service]":
+    """Return the services of the quants named, or the default one."""
+    return [project.service(name) for name in dict.fromkeys(quant or [project.default])]
+
+
+def dump(values: list[dict[str, Any]]) -> str:
+    """Write values as JSON for programs."""
+    return json.dumps(values, indent=1)
