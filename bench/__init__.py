@@ -1,1 +1,1 @@
-"""Measures: how long our own commands take. Results go to no verdict here."""
+"""Measures load, answers, GPU memory and our own commands; judges figures, prints nothing."""

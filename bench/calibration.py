@@ -133,7 +133,7 @@ def _reason(measured: Calibration, *, ttft_ms: float, lag_ms: float) -> str | No
     if measured.receive_p99_ms > error_ms:
         return (
             f"the client stamps tokens {measured.receive_p99_ms:.2f} ms late (p99), more than "
-            f"{LIMIT:.0%} of the {measured.itl_ms:g} ms between them"
+            f"{100 * LIMIT:.0f} % of the {measured.itl_ms:.2f} ms between them"
         )
     if ttft_ms > late_ms:
         return f"the client errs by {ttft_ms:.2f} ms in TTFT (p95)"

@@ -551,7 +551,7 @@ def provenance(server: Server, says: Mapping[str, Any], root: Path) -> Provenanc
         driver=device.driver if device else None,
         engine=says["build_info"],
         model=model,
-        stand_in="stand-in" in model,
+        stand_in="stand-in" in model or "random" in model,
         runtime=server.runtime,
         server=service.environment if own_machine else {},
         client="asyncio, bench.transport",
