@@ -334,8 +334,10 @@ def finish(
 
 
 def _write(summary: Summary, folder: Path) -> None:
-    results.write(summary, folder / "summary.json")
-    (folder / "report.html").write_text(report.page(summary))
+    path = folder / "summary.json"
+    results.write(summary, path)
+    # Of what was written, to its digits: whoever makes the report again gets the same.
+    (folder / "report.html").write_text(report.page(results.read(path)))
 
 
 class _LostError(Exception):

@@ -1,17 +1,20 @@
-"""Writes docs/memory.md from the evidence in bench/results: python -m bench.page.
+"""Writes docs/memory.md and the results of docs/loadtest.md: python -m bench.page.
 
-A test compares the page with what this makes, so that it cannot say anything else.
+A test compares both with what this makes, so that they cannot say anything else.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import loads, results
 from stack import config, gguf_header, models, plan
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "memory.md"
+LOAD_PAGE = ROOT / "docs" / "loadtest.md"
 HEAD = """\
 # GPU memory
 
@@ -50,6 +53,12 @@ MEASURED = (
         "plan's error",
     ),
     *("prefill peak", "load peak", "after stop", "ready s", "decode tok/s"),
+)
+
+
+LOADS = (
+    *("Stand-in", "clients", "tok/s", "of the engine", "decode, of the engine"),
+    *("TTFT p50 (ms)", "ITL p50 (ms)", "tok/J"),
 )
 
 
@@ -122,5 +131,30 @@ def page() -> str:
     )
 
 
+def _loads() -> Iterator[list[str]]:
+    for path in sorted((ROOT / "bench" / "results").glob("loadtest-*/summary.json")):
+        summary = results.read(path)
+        for load in loads.of(summary):
+            joules = [run.joules_token for run in load.runs if run.joules_token]
+            yield [
+                f"[{path.parent.name.split('-')[1]}](../bench/results/{path.parent.name}/)",
+                f"{load.level:g}",
+                f"{load.tokens.value:.0f}",
+                *(f"{100 * share:.0f} %" for share in (load.ratio or 0, load.decode_ratio or 0)),
+                f"{load.value(lambda p: p.ttft.p50):,.0f}",
+                f"{load.value(lambda p: p.itl.p50):.1f}",
+                f"{len(joules) / sum(joules):.2f}" if joules else "",
+            ]
+
+
+def load_page() -> str:
+    """Return docs/loadtest.md with its table of results made anew."""
+    before, _, after = re.split(
+        r"^(\| Stand-in \|(?:.*\n)+?)\n", LOAD_PAGE.read_text(), flags=re.MULTILINE
+    )
+    return f"{before}{_table(LOADS, _loads())}\n\n{after}"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    LOAD_PAGE.write_text(load_page())
