@@ -21,6 +21,8 @@ class Code(IntEnum):
     ON_CPU = 42
     VERIFY = 50
     MISSED = 51
+    RESTORED = 60
+    DARK = 61
 
 
 class StackError(Exception):

@@ -92,7 +92,7 @@ def _shares_mib(header: Header, cache: _Cache) -> tuple[int, int, int]:
     weights = sum(header.tensors.values())
     if "output.weight" in header.tensors:  # else the GPU gets a copy of the embedding in its place
         weights -= header.tensors.get("token_embd.weight", 0)
-    cells = -(-cache.context // cache.streams // CELLS) * CELLS  # of each stream
+    cells = _cells(cache)
     kind, all_cells = TYPES[cache.kind.upper()], cells * cache.streams
     row_bytes = key // kind.block_elements * kind.block_bytes  # MLA keeps no V
     tokens = min(cache.ubatch, all_cells)
@@ -110,6 +110,15 @@ def ledger(service: Service, header: Header) -> Ledger:
     sources = dict.fromkeys(("weights_mib", "cache_mib"), "from the GGUF header")
     sources |= dict.fromkeys(("compute_mib", "runtime_mib"), "estimated")
     return Ledger(weights, cache, compute, RUNTIME_MIB, sources, service, header)
+
+
+def slot_context(service: Service) -> int:
+    """Return the tokens that a slot can hold, as the engine rounds them up."""
+    return _cells(_cache(service, service.slots))
+
+
+def _cells(cache: _Cache) -> int:
+    return -(-cache.context // cache.streams // CELLS) * CELLS  # of each stream
 
 
 def check_context(service: Service, header: Header) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from stack import client, engine, fit, gguf_header, gpu, integrity, keys, models
+from stack import client, engine, fit, gguf_header, gpu, integrity, keys, models, plan
 from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
 from stack.engine_log import Allocation, allocation
@@ -20,6 +20,7 @@ from stack.server import Server
 
 _log = logging.getLogger(__name__)
 _LOAD_LINES = 2000
+_PROOF_TOKENS = 32
 
 Progress = Callable[[str, int, int], None]
 """Receives what is being done, and how much of how much is done."""
@@ -196,7 +197,7 @@ def up(
     stand_in: bool = False,
     progress: Progress = silent,
 ) -> Up:
-    """Serve a quant: build, make or check, start, wait, and see it generate.
+    """Serve a quant: build, make or check, start, wait, and prove it.
 
     A server that is up already is only asked to generate. One that fails, or is interrupted on
     the way, is stopped again.
@@ -210,8 +211,27 @@ def up(
     found = runtime.find(service, key=key)
     if found and found.ended() is None:
         client.wait_ready(found)
-        first = client.complete(found, "Hello")
-        return Up(server=found, was_up=True, ready_s=0, first=first)
+        return Up(server=found, was_up=True, ready_s=0, first=_generate(found))
+    header = prepare(runtime, project, service, stand_in=stand_in, progress=progress)
+    if service.gpus:
+        fit.check(service, header)
+    return launch(runtime, service, key=key)
+
+
+def prepare(
+    runtime: Runtime,
+    project: Project,
+    service: Service,
+    *,
+    stand_in: bool = False,
+    progress: Progress = silent,
+) -> Header:
+    """Make sure that a service can start: GPU, port, model, memory, engine. Returns its header.
+
+    Raises:
+        StackError: by what is missing.
+
+    """
     gpu.require(
         service,
         chosen="GLM_GPU" in project.settings,
@@ -224,22 +244,68 @@ def up(
             Code.PORT,
         )
     header = ensure_model(project, service, stand_in=stand_in, progress=progress)
-    if service.gpus:
+    if service.gpus:  # before a build of half an hour, too
         fit.check(service, header)
     ensure_engine(runtime, project, service, progress=progress)
+    return header
+
+
+def launch(runtime: Runtime, service: Service, *, key: str) -> Up:
+    """Start a service that can start, wait for it, and prove it; stop it again where it fails.
+
+    Raises:
+        StackError: LOAD or STALLED by `client.wait_ready`; VERIFY or ON_CPU by `prove`.
+
+    """
     start = time.monotonic()
     try:
         server = runtime.start(service, key=key)
         client.wait_ready(server)
         ready_s = time.monotonic() - start
         told = allocation(server.logs(_LOAD_LINES))
-        if service.gpus:
-            fit.check_offload(server, told)
-        first = client.complete(server, "Hello", tokens=32)
-        return Up(server=server, was_up=False, ready_s=ready_s, first=first, allocation=told)
+        return Up(
+            server=server,
+            was_up=False,
+            ready_s=ready_s,
+            first=prove(server, told),
+            allocation=told,
+        )
     except BaseException:
         runtime.stop(service)
         raise
+
+
+def prove(server: Server, told: Allocation) -> client.Completion:
+    """Prove a server just loaded: as configured, on its device, generating. `told` is of its log.
+
+    Raises:
+        StackError: VERIFY, ON_CPU.
+
+    """
+    service, found = server.service, state(server)
+    other = differs(found, service) if found.model else found.detail or found.state
+    if other:
+        raise StackError(
+            f"{service.name} is up but not as configured: {other}.",
+            f"See `invoke logs --quant {service.quant}`.",
+            Code.VERIFY,
+        )
+    if service.gpus:
+        fit.check_offload(server, told)
+    return _generate(server)
+
+
+def _generate(server: Server) -> client.Completion:
+    """Ask for a few tokens. Raises StackError VERIFY where they do not come."""
+    first = client.complete(server, "Hello", tokens=_PROOF_TOKENS)
+    if first.tokens == _PROOF_TOKENS and first.text.strip():
+        return first
+    raise StackError(
+        f"{server.service.name} is up but generates {first.tokens} tokens of "
+        f"{_PROOF_TOKENS}: {first.text[:40]!r}.",
+        f"See `invoke logs --quant {server.service.quant}`.",
+        Code.VERIFY,
+    )
 
 
 @contextlib.contextmanager
@@ -313,6 +379,18 @@ def state(server: Server) -> State:
         context=says["default_generation_settings"]["n_ctx"],
         slots=says["total_slots"],
         engine=says["build_info"],
+    )
+
+
+def differs(found: State, service: Service) -> str:
+    """Say in what a ready server differs from its configuration; nothing where it does not."""
+    served = {"model": found.model, "context": found.context, "slots": found.slots}
+    file, context = service.model_file.name, plan.slot_context(service)
+    wanted = {"model": file, "context": context, "slots": service.slots}
+    return ", ".join(
+        f"{what} {served[what]}, not {wanted[what]}"
+        for what in wanted
+        if served[what] != wanted[what]
     )
 
 

@@ -40,9 +40,8 @@ def _tell_up(up: "Up") -> None:
     from stack import runtime
 
     state, service = runtime.state(up.server), up.server.service
-    served = (state.model, state.context, state.slots)
-    if served != (service.model_file.name, service.context, service.slots):
-        logging.getLogger("stack").warning("It was started with other settings; down and up again.")
+    if other := runtime.differs(state, service):
+        logging.getLogger("stack").warning("It was started with %s; down and up again.", other)
     how = "was up already" if up.was_up else f"is up, loaded in {up.ready_s:.1f} s"
     print(f"{service.name} ({state.runtime}) {how} and generates.")
     print(f"  URL      {state.url}/v1")
