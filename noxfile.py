@@ -92,6 +92,12 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def client(session: nox.Session) -> None:
+    """Check that OpenCode understands what we print for it, and reaches server and tools by it."""
+    _pytest(session, "tests/checks/test_client.py", *session.posargs)
+
+
+@nox.session
 def summary(session: nox.Session) -> None:
     """Show what passed, and what was skipped and why."""
     _run(session, "python", "-m", "tests.summary", str(RESULTS))

@@ -35,6 +35,7 @@ HELP = {
     "clients": "how many at once, each sending when its last answer has ended: 1,4,16,64",
     "context": "tokens of context, in place of GLM_CONTEXT",
     "docker": "insist on Docker",
+    "host": "the name or address at which agents reach the server, asked there",
     "in-container": "with the Python of a container, as `docker compose run --rm models` does",
     "duration": "seconds of each run, after its warm-up",
     "follow": "keep showing new lines until Ctrl-C",
@@ -62,6 +63,7 @@ HELP = {
     "update": "move the lock to the newest commit of the repository",
     "verify": "hash every locked file",
     "warmup": "seconds of load before each run counts",
+    "write": "a file of OpenCode's configuration to merge it into",
     "with-model": "a quant of which to make an image that holds its model too",
 }
 
