@@ -9,10 +9,68 @@ from stack.errors import Code, StackError
 from stack.gguf_header import Header
 from stack.host import name
 from stack.server import Server
+from stack.wait import WaitTimeoutError, wait_until
+
+_RELEASE_S = 30
+_NOISE_MIB = 256
 
 
-def check(service: Service, header: Header) -> None:
-    """Hold the plan against what is free on the service's GPU now.
+@dataclass(frozen=True)
+class Release:
+    """What a server will give back of a GPU when it stops."""
+
+    uuid: str
+    mib: int
+    free_mib: int
+    """The least that must be free then."""
+
+
+def release(server: Server) -> Release | None:
+    """Return what a running server holds: told by the driver, else planned.
+
+    None where it has no GPU, or the GPU does not tell what is free.
+    """
+    service = server.service
+    device = next(iter(gpu.of(service)), None)
+    if device is None or device.free_mib is None:
+        return None
+    pids = [process.pid for process in server.processes]
+    mib, noise_mib = gpu.used_by(pids, device.uuid), _NOISE_MIB
+    if mib is None:
+        mib = plan.ledger(service, gguf_header.read(service.model_file)).total_mib
+        noise_mib += mib // 20  # a plan, not a measurement
+    return Release(device.uuid, mib, device.free_mib + mib - noise_mib)
+
+
+def wait_released(expected: Release, *, timeout_s: float = _RELEASE_S) -> None:
+    """Wait until a stopped server's memory is free again.
+
+    Raises:
+        StackError: VRAM, with who holds what of the GPU.
+
+    """
+
+    def device() -> gpu.Gpu | None:
+        return next((each for each in gpu.gpus() if each.uuid == expected.uuid), None)
+
+    def free() -> bool | None:
+        here = device()
+        return True if here and (here.free_mib or 0) >= expected.free_mib else None
+
+    try:
+        wait_until(free, timeout_s=timeout_s, interval_s=0.1, what="not released")
+    except WaitTimeoutError:
+        here = device()
+        told = f"{here.free_mib or 0:,} MiB are free.{_held(here)}" if here else "the GPU is gone."
+        raise StackError(
+            f"{expected.mib:,} MiB were not released within {timeout_s:g} s: {told}",
+            "End what holds them, or reset the GPU.",
+            Code.VRAM,
+        ) from None
+
+
+def check(service: Service, header: Header, freed: Release | None = None) -> None:
+    """Hold the plan against what is free on the service's GPU now, and what will be `freed`.
 
     Raises:
         StackError: USAGE for a context that the model has not; VRAM, with who holds the rest.
@@ -22,12 +80,17 @@ def check(service: Service, header: Header) -> None:
     (device,) = gpu.require(service)
     if device.free_mib is None:  # nothing to hold it against; the engine's own error is next
         return
+    free_mib = device.free_mib + (freed.mib if freed and freed.uuid == device.uuid else 0)
     try:
-        plan.fits(plan.ledger(service, header), device.free_mib)
+        plan.fits(plan.ledger(service, header), free_mib)
     except StackError as error:
-        held = "; ".join(_holder(pid, device.uuid) for pid in device.pids)
-        told = f" Held by {held or 'no process that this user may see'}."
-        raise StackError(f"{error.cause}{told}", error.remedy, error.code) from None
+        cause = f"{error.cause}{_held(device)}"
+        raise StackError(cause, error.remedy, error.code) from None
+
+
+def _held(device: gpu.Gpu) -> str:
+    holders = "; ".join(_holder(pid, device.uuid) for pid in device.pids)
+    return f" Held by {holders or 'no process that this user may see'}."
 
 
 def _holder(pid: int, uuid: str) -> str:
@@ -80,8 +143,7 @@ def _plan(service: Service) -> Planned:
         header = gguf_header.parse(models.plan(service.model.random).header)
     plan.check_context(service, header)
     needed = plan.ledger(service, header)
-    free = [each.free_mib for each in gpu.gpus() if {str(each.index), each.uuid} & {*service.gpus}]
-    free_mib = free[0] if free else None
+    free_mib = next((each.free_mib for each in gpu.of(service)), None)
     slots = service.slots
     return Planned(
         ledger=needed,

@@ -66,6 +66,11 @@ def gpus() -> tuple[Gpu, ...]:
     return _survey()[0]
 
 
+def of(service: "Service") -> tuple[Gpu, ...]:
+    """Return those of the service's GPUs that answer, fit to serve it or not."""
+    return tuple(each for each in gpus() if {str(each.index), each.uuid} & {*service.gpus})
+
+
 def architectures() -> str:
     """Return what to compile for, so that every GPU of this machine has native code.
 

@@ -6,12 +6,14 @@ import ipaddress
 import os
 import signal
 import socket
+import stat
 import subprocess  # noqa: TID251
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Self
 
 from stack.errors import Code, StackError
 
@@ -144,23 +146,104 @@ def lock(folder: Path, *, verb: str) -> Iterator[None]:
 
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
+    with (folder / "lock").open("a+") as file, _held(file, f"invoke {verb}", "operation"):
+        yield
+
+
+@contextlib.contextmanager
+def machine_lock(name: str, *, what: str) -> Iterator[None]:
+    """Hold one of the machine's locks, between all its users and deployments, likewise.
+
+    Raises:
+        StackError: BUSY, naming the holder, when another process has it; HOST, where a file that
+            is no lock is in its place.
+
+    """
+    path = _lock_folder() / f"glm-{name}.lock"
+    flags = os.O_RDWR | os.O_NOFOLLOW
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise StackError(
-                f"Another operation is at work: {file.read().strip() or 'unknown'}.",
-                "Wait for it to end, then try again.",
-                Code.BUSY,
-            ) from None
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL)
+            os.fchmod(fd, 0o666)
+        except FileExistsError:  # no O_CREAT: Linux forbids it for others' files in such folders
+            fd = os.open(path, flags)
+    except OSError as error:
+        raise StackError(
+            f"The lock {path} cannot be opened: {error.strerror}.",
+            "Remove that file, once no `invoke` is at work.",
+            Code.HOST,
+        ) from error
+    with os.fdopen(fd, "r+") as file, _held(file, f"invoke in {Path.cwd()}", what):
+        yield
+
+
+def _lock_folder() -> Path:
+    """Return /run/lock where every user may write, as on Debian and Ubuntu, else /tmp.
+
+    By the folder's mode, not by what this user may do: all must agree. $TMPDIR differs by user.
+    """
+    folder, shared = Path("/run/lock"), stat.S_IWOTH | stat.S_ISVTX
+    usual = folder.is_dir() and folder.stat().st_mode & shared == shared
+    return folder if usual else Path("/tmp")  # noqa: S108
+
+
+@contextlib.contextmanager
+def _held(file: IO[str], holder: str, what: str) -> Iterator[None]:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise StackError(
+            f"Another {what} is at work: {file.read().strip() or 'unknown'}.",
+            "Wait for it to end, then try again.",
+            Code.BUSY,
+        ) from None
+    file.truncate(0)
+    file.seek(0)
+    file.write(f"{holder}, pid {os.getpid()}")
+    file.flush()
+    try:
+        yield
+    finally:
         file.truncate(0)
-        file.write(f"invoke {verb}, pid {os.getpid()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+
+
+class Interrupts:
+    """Lets the first Ctrl-C, SIGTERM or hang-up of a block raise, and notes those that follow.
+
+    So what the first one calls for, to undo what was begun, is done whole. Signals that were
+    ignored stay so.
+    """
+
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        """Take what to do at each signal after the first."""
+        self._note, self._shielded = note, False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def shield(self) -> None:
+        """Let none raise from here on."""
+        self._shielded = True
+
+    def __enter__(self) -> Self:
+        """Take the signals over."""
+        for number in self._NUMBERS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give them back."""
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def _handle(self, *_: object) -> None:
+        if self._shielded:
+            self._note()
+        else:
+            self._shielded = True
+            raise KeyboardInterrupt
 
 
 def write_atomic(path: Path, text: str, *, mode: int = 0o644, owner: int | None = None) -> None:

@@ -14,7 +14,7 @@ from stack.config import Project, Service
 from stack.engine_log import Allocation, allocation
 from stack.errors import Code, StackError
 from stack.gguf_header import Header
-from stack.host import Result, port_conflict
+from stack.host import Result, machine_lock, port_conflict
 from stack.native import Native
 from stack.server import Server
 
@@ -213,9 +213,29 @@ def up(
         client.wait_ready(found)
         return Up(server=found, was_up=True, ready_s=0, first=_generate(found))
     header = prepare(runtime, project, service, stand_in=stand_in, progress=progress)
-    if service.gpus:
-        fit.check(service, header)
-    return launch(runtime, service, key=key)
+    with reserved(service):
+        if service.gpus:
+            fit.check(service, header)
+        return launch(runtime, service, key=key)
+
+
+@contextlib.contextmanager
+def reserved(*services: Service) -> Iterator[None]:
+    """Keep every other load of this machine off the services' GPUs.
+
+    Held from the look at what is free until the load has taken it: another deployment, whose own
+    lock is another file, would count the same memory as free.
+
+    Raises:
+        StackError: BUSY, naming who loads.
+
+    """
+    devices = {each.uuid: each.index for service in services for each in gpu.of(service)}
+    with contextlib.ExitStack() as stack:
+        for uuid, index in sorted(devices.items()):
+            what = f"load onto GPU {index}"
+            stack.enter_context(machine_lock(f"gpu-{uuid}", what=what))
+        yield
 
 
 def prepare(

@@ -1,8 +1,11 @@
 import os
+import secrets
 import signal
 import socket
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from stack import host
 from stack.errors import Code, StackError
 from stack.wait import wait_until
+from tests.workspace import ROOT
 
 
 def test_run_returns_status_and_both_streams() -> None:
@@ -156,3 +160,69 @@ def test_pid_file_in_the_writing_is_no_process_yet(tmp_path: Path, text: str) ->
     (tmp_path / "pid").write_text(text)
 
     assert host.Process.read(tmp_path / "pid") is None
+
+
+LOCK_FOLDERS = (Path("/run/lock"), Path("/tmp"))  # noqa: S108
+HOLD = "from stack import host\nwith host.machine_lock({name!r}, what='load'): print('has it')"
+
+
+@pytest.fixture
+def lock_name() -> Iterator[str]:
+    name = f"test-{secrets.token_hex(4)}"
+    yield name
+    for folder in LOCK_FOLDERS:
+        (folder / f"glm-{name}.lock").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("become", [[], ["setpriv", "--reuid=12345", "--clear-groups"]])
+def test_machine_lock_is_one_for_every_process_and_user(lock_name: str, become: list[str]) -> None:
+    if become and os.getuid():
+        pytest.skip("only root can become another user")
+    contender = [*become, sys.executable, "-c", HOLD.format(name=lock_name)]
+    with host.machine_lock(lock_name, what="load"):
+        refused = host.run(contender, cwd=ROOT)
+    taken = host.run(contender, cwd=ROOT)
+
+    assert f"Another load is at work: invoke in {Path.cwd()}, pid {os.getpid()}." in refused.stderr
+    assert taken.stdout == "has it\n"
+
+
+def test_machine_lock_follows_no_link(lock_name: str, tmp_path: Path) -> None:
+    with host.machine_lock(lock_name, what="load"):
+        pass
+    paths = [folder / f"glm-{lock_name}.lock" for folder in LOCK_FOLDERS]
+    (path,) = (path for path in paths if path.exists())
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path.unlink()
+    path.symlink_to(victim)
+
+    with pytest.raises(StackError, match="cannot be opened"), host.machine_lock(lock_name, what=""):
+        pass
+
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_first_interrupt_raises_and_the_rest_are_noted(number: signal.Signals) -> None:
+    noted: list[bool] = []
+    former = signal.getsignal(number)
+
+    with host.Interrupts(lambda: noted.append(True)):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        assert not noted
+        os.kill(os.getpid(), number)
+
+    assert noted
+    assert signal.getsignal(number) == former
+
+
+def test_shielded_block_is_not_interrupted() -> None:
+    noted: list[bool] = []
+
+    with host.Interrupts(lambda: noted.append(True)) as interrupts:
+        interrupts.shield()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert noted
