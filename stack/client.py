@@ -49,7 +49,7 @@ def session(server: Server, *, timeout_s: float = 10, key: str | None = None) ->
 
 
 def health(server: Server, *, timeout_s: float = 3) -> str:
-    """Return `ready`, `loading`, `starting` (nothing listens yet) or `not answering`."""
+    """Return `ready`, `loading`, `unhealthy`, `starting` (nothing listens) or `not answering`."""
     try:
         with session(server, timeout_s=timeout_s) as client:
             status = client.get("/health").status_code
@@ -57,7 +57,7 @@ def health(server: Server, *, timeout_s: float = 3) -> str:
         return "starting"
     except httpx.HTTPError:
         return "not answering"
-    return {200: "ready", 503: "loading"}.get(status, "not answering")
+    return {200: "ready", 503: "loading"}.get(status, "unhealthy")
 
 
 def wait_ready(server: Server, *, stall_s: float = STALL_LIMIT_S) -> None:

@@ -386,6 +386,7 @@ class Docker:
             logs=lambda lines: container.logs(tail=lines).decode(errors="replace"),
             ended=lambda: _ended(container, restarts),
             restarts=restarts,
+            image=f"{service.image} {container.attrs['Image'].removeprefix('sha256:')[:12]}",
         )
 
     def follow(self, service: Service) -> None:

@@ -14,6 +14,8 @@ from stack.wait import WaitTimeoutError, wait_until
 _RELEASE_S = 30
 _NOISE_MIB = 256
 
+_SHARE = 0.9  # of a model's file is on the GPU: its embedding may stay behind
+
 
 @dataclass(frozen=True)
 class Release:
@@ -153,6 +155,18 @@ def _plan(service: Service) -> Planned:
     )
 
 
+def off_gpu(server: Server, device: gpu.Gpu) -> str:
+    """Say why a server's model cannot be on its GPU, by the driver alone; empty where it can."""
+    pids = {process.pid for process in server.processes}
+    if pids and device.pids and not pids & {*device.pids}:
+        return f"GPU {device.index} has no process of it"
+    files = gguf_header.parts(server.service.model_file)
+    size_mib = sum(file.stat().st_size for file in files) / 2**20
+    if device.used_mib is not None and device.used_mib < _SHARE * size_mib:
+        return f"GPU {device.index} holds {device.used_mib:,} MiB, its file has {size_mib:,.0f} MiB"
+    return ""
+
+
 def check_offload(server: Server, told: Allocation) -> None:
     """Make sure that a loaded server's model is on the GPU.
 
@@ -167,7 +181,7 @@ def check_offload(server: Server, told: Allocation) -> None:
     if (
         told.layers
         and told.layers == told.layers_total
-        and told.model_mib >= 0.9 * size_mib
+        and told.model_mib >= _SHARE * size_mib
         and seen
     ):
         return

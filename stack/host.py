@@ -406,6 +406,11 @@ class Process:
         """Return whether this very process still runs."""
         return Process.of(self.pid) == self
 
+    def age_s(self) -> float | None:
+        """Return the seconds since its start; None once it is gone."""
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
+        return up_s - self.started / os.sysconf("SC_CLK_TCK") if self.alive() else None
+
     def activity(self) -> tuple[str, ...]:
         """Return page faults and CPU ticks: they move while it works, not while it is stuck."""
         fields = _stat(self.pid)

@@ -233,6 +233,7 @@ class Native:
             processes=(process,),
             logs=lambda lines: _tail(log_file, lines),
             ended=lambda: None if process.alive() else "ended",
+            image=self._build_folder(service).name,
         )
 
     def follow(self, service: Service) -> None:

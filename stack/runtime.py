@@ -302,9 +302,8 @@ def prove(server: Server, told: Allocation) -> client.Completion:
         StackError: VERIFY, ON_CPU.
 
     """
-    service, found = server.service, state(server)
-    other = differs(found, service) if found.model else found.detail or found.state
-    if other:
+    service = server.service
+    if other := differs(server):
         raise StackError(
             f"{service.name} is up but not as configured: {other}.",
             f"See `invoke logs --quant {service.quant}`.",
@@ -338,31 +337,6 @@ def serving(runtime: Runtime, project: Project, service: Service) -> Iterator[Up
         runtime.stop(service)
 
 
-@dataclass(frozen=True)
-class State:
-    """What a service is, in a word, with the reason where it is not plain."""
-
-    quant: str
-    runtime: str
-    state: str
-    """stopped, starting, loading, ready, not answering, GPU lost, or ended."""
-    detail: str = ""
-    url: str = ""
-    model: str = ""
-    context: int = 0
-    slots: int = 0
-    engine: str = ""
-
-
-def states(project: Project) -> tuple[State, ...]:
-    """Return the state of every service, in each runtime that has it; `stopped` where none has."""
-    found, runtimes = [], present(project)
-    for quant, service in project.services.items():
-        servers = [server for _, server in servers_of(service, runtimes)]
-        found += [state(server) for server in servers] or [State(quant, "", "stopped")]
-    return tuple(found)
-
-
 def servers_of(service: Service, runtimes: list[Runtime]) -> list[tuple[Runtime, Server]]:
     """Return a service's servers in these runtimes, running or ended.
 
@@ -375,42 +349,22 @@ def servers_of(service: Service, runtimes: list[Runtime]) -> list[tuple[Runtime,
     return [(runtime, server) for runtime, server in pairs if server]
 
 
-def state(server: Server) -> State:
-    """Return what a server is doing, in its own words where it answers."""
-    quant = server.service.quant
-    if how := server.ended():
-        return State(quant, server.runtime, "ended", f"{how}. {client.evidence(server)}")
-    if server.service.gpus and (reason := gpu.lost(server.service.gpus[0])):
-        return State(quant, server.runtime, "GPU lost", reason, server.url)
-    word = client.health(server)
-    if word != "ready":
-        return State(quant, server.runtime, word, url=server.url)
-    try:
-        says = client.props(server)
-    except StackError as error:
-        return State(quant, server.runtime, word, error.cause, server.url)
-    return State(
-        quant=quant,
-        runtime=server.runtime,
-        state=word,
-        detail=f"restarted {server.restarts} times after a crash" if server.restarts else "",
-        url=server.url,
-        model=Path(says["model_path"]).name,
-        context=says["default_generation_settings"]["n_ctx"],
-        slots=says["total_slots"],
-        engine=says["build_info"],
-    )
+def differs(server: Server) -> str:
+    """Say in what a ready server differs from its configuration; nothing where it does not.
 
-
-def differs(found: State, service: Service) -> str:
-    """Say in what a ready server differs from its configuration; nothing where it does not."""
-    served = {"model": found.model, "context": found.context, "slots": found.slots}
+    Raises StackError: VERIFY, where it does not answer.
+    """
+    says, service = client.props(server), server.service
     file, context = service.model_file.name, plan.slot_context(service)
-    wanted = {"model": file, "context": context, "slots": service.slots}
+    pairs = {
+        "model": (Path(says["model_path"]).name, file),
+        "context": (says["default_generation_settings"]["n_ctx"], context),
+        "slots": (says["total_slots"], service.slots),
+    }
     return ", ".join(
-        f"{what} {served[what]}, not {wanted[what]}"
-        for what in wanted
-        if served[what] != wanted[what]
+        f"{what} {served}, not {wanted}"
+        for what, (served, wanted) in pairs.items()
+        if served != wanted
     )
 
 

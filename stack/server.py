@@ -29,3 +29,5 @@ class Server:
     """Says how it ended, or None while it runs."""
     restarts: int = 0
     """How often it was brought back after a crash."""
+    image: str = ""
+    """What it runs: the image with its id, or the folder of the native build."""

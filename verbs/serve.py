@@ -3,15 +3,15 @@
 import contextlib
 import logging
 import sys
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from invoke.context import Context
 
-from verbs.terminal import acting, dump, read_project, select, task
+from verbs.terminal import acting, read_project, select, task
 
 if TYPE_CHECKING:
-    from stack.runtime import State, Up
+    from stack.config import Project
+    from stack.runtime import Up
 
 
 @task
@@ -31,16 +31,16 @@ def up(
                 act.runtime, act.project, service, stand_in=stand_in, progress=act.progress
             )
             try:
-                _tell_up(done)
+                _tell_up(act.project, done)
             except KeyboardInterrupt:  # too late to undo it; a second one ends the next quant
                 print(f"{service.name} is up.")
 
 
-def _tell_up(up: "Up") -> None:
-    from stack import runtime
+def _tell_up(project: "Project", up: "Up") -> None:
+    from stack import runtime, status
 
-    state, service = runtime.state(up.server), up.server.service
-    if other := runtime.differs(state, service):
+    state, service = status.Looks(project).state(up.server), up.server.service
+    if other := runtime.differs(up.server):
         logging.getLogger("stack").warning("It was started with %s; down and up again.", other)
     how = "was up already" if up.was_up else f"is up, loaded in {up.ready_s:.1f} s"
     print(f"{service.name} ({state.runtime}) {how} and generates.")
@@ -69,34 +69,6 @@ def down(_: Context, quant: list[str]) -> None:
             for name in runtime.down(service, runtimes):
                 print(f"{service.name} ({name}) is stopped.")
     print("Nothing runs." if not quant else "Done.")
-
-
-@task
-def status(_: Context, json: bool = False) -> None:
-    """Show what each quant is doing."""
-    from rich.console import Console
-
-    from stack import runtime
-
-    states = runtime.states(read_project())
-    if json:
-        print(dump([asdict(each) for each in states]))
-    else:
-        Console().print(_table(states))
-
-
-def _table(states: "tuple[State, ...]") -> Any:
-    from rich.table import Table
-
-    columns = ("quant", "runtime", "state", "URL", "context", "slots", "model")
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column != "model")
-    for each in states:
-        numbers = (f"{each.context:,}", str(each.slots)) if each.context else ("", "")
-        where = (each.quant, each.runtime, f"{each.state} {each.detail}".strip(), each.url)
-        table.add_row(*where, *numbers, each.model)
-    return table
 
 
 @task

@@ -63,6 +63,7 @@ HELP = {
     "update": "move the lock to the newest commit of the repository",
     "verify": "hash every locked file",
     "warmup": "seconds of load before each run counts",
+    "watch": "show it anew every two seconds, until Ctrl-C",
     "write": "a file of OpenCode's configuration to merge it into",
     "with-model": "a quant of which to make an image that holds its model too",
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from stack import client, config, engine, fit, host, keys, runtime
+from stack import client, config, engine, fit, host, keys, runtime, status
 from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
 from stack.engine_log import allocation
@@ -286,8 +286,9 @@ def test_killed_while_it_streams(deployment: Deployment) -> None:
 
 def truth(deployment: Deployment) -> bool | None:
     """Return True once status tells of the crash: a native server ended, Docker restarted it."""
-    (state,) = (state for state in runtime.states(deployment.project) if state.quant == "tiny")
-    told = state.state == "ended" or (state.state == "ready" and "restarted" in state.detail)
+    looks = status.Looks(deployment.project).all()
+    (state,) = (state for state in looks if state.quant == "tiny")
+    told = state.state == "ended" or (state.state == "ready" and state.restarts > 0)
     return told or None
 
 
