@@ -3,12 +3,14 @@
 A wrong answer is one thing, a slow or refused one another: what is refused is raised.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 from queue import SimpleQueue
 from random import Random
 from typing import Any
@@ -17,12 +19,21 @@ import httpx
 
 from bench.questions import TASKS, WORDS, Dialogue, Turn, draw
 from stack import client
+from stack.config import Service
 from stack.errors import Code, StackError
+from stack.host import write_atomic
 from stack.server import Server
 
 LIMIT_S = 300
 ANSWER_TOKENS = 96
+THINKING_TOKENS = 2048
 Z_95 = 1.96
+RECORD = Path(__file__).parent.parent / "models" / "answers.json"
+SHORT = ("repeat", "reverse", "add", "next", "project", "think", "unknown", "turns", "tool")
+SANE = ("repeat", "reverse", "add", "next", "code of 8", "tool")
+"""What any sane model answers, if in other words."""
+LEAST = 0.9
+"""The least share of right answers, over all tasks, that makes a record."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,8 @@ class Reply:
     @property
     def sane(self) -> bool:
         """Whether the expected is in it, whatever else a more talkative model says."""
-        expected = self.question.answer
-        return expected.content.lower() in self.said.content.lower() and (
-            expected.call == self.said.call
-        )
+        expected, key = self.question.answer, self.question.key or self.question.answer.content
+        return key.lower() in self.said.content.lower() and expected.call == self.said.call
 
 
 @dataclass(frozen=True)
@@ -89,26 +98,80 @@ def every_word() -> list[Dialogue]:
     ]
 
 
+def taught(service: Service) -> bool:
+    """Whether a service's model was trained on these questions, or is somebody else's."""
+    return not service.model.repository
+
+
+def longest(service: Service) -> int:
+    """Return how many tokens an answer may have, thoughts included."""
+    return ANSWER_TOKENS if taught(service) else THINKING_TOKENS
+
+
+def short_set(service: Service, *, each: int, seed: int) -> list[Dialogue]:
+    """Draw questions that suit a service's model and take no long time."""
+    return question_set(dict.fromkeys(SHORT if taught(service) else SANE, each), seed=seed)
+
+
+def record_set(service: Service) -> list[Dialogue]:
+    """Draw as many questions as make a record."""
+    if taught(service):
+        long = {"code of 8": 50, "code of 32": 6, "code, full": 2}
+        return question_set(dict.fromkeys(SHORT, 100) | long, seed=0)
+    return question_set(dict.fromkeys(SANE, 20) | {"code of 32": 5}, seed=0)
+
+
 def regressed(found: Mapping[str, Score], recorded: Mapping[str, Score]) -> list[str]:
     """Return the tasks that are worse than their record.
 
-    What the record has all right must be all right: a fixed question's greedy answer does not
-    vary. Else the record's share must lie within the interval, or below.
+    The record's share must lie within the interval, or below: what the record has all right must
+    be all right, since a fixed question's greedy answer does not vary.
     """
-    return [
-        task
-        for task, score in found.items()
-        if score.right < score.asked
-        and (recorded[task].share == 1 or score.interval[1] < recorded[task].share)
-    ]
+    return [task for task, score in found.items() if score.interval[1] < recorded[task].share]
 
 
-def scores(replies: Iterable[Reply]) -> dict[str, Score]:
-    """Count right answers by task."""
+def recorded(service: Service) -> dict[str, Score]:
+    """Return the record of a service's model file by task; nothing where it has none."""
+    known = _records().get(service.model.path.name, {"answers": {}})
+    return {task: Score(*map(int, each.split("/"))) for task, each in known["answers"].items()}
+
+
+def record(server: Server, asked: Sequence[Dialogue]) -> dict[str, Score]:
+    """Ask a server questions, and keep how many it answers right as its model's record.
+
+    Raises:
+        StackError: VERIFY where so few are right that something must be wrong.
+
+    """
+    service = server.service
+    found = scores(ask(server, asked), exactly=taught(service))
+    right, whole = sum(each.right for each in found.values()), len(asked)
+    if right < LEAST * whole:
+        raise StackError(
+            f"{service.name} answers {right} of {whole} right: too few for a record.",
+            "Look at its answers first: `invoke ask`.",
+            Code.VERIFY,
+        )
+    with service.model_file.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    told = {task: f"{each.right}/{each.asked}" for task, each in found.items()}
+    known = {**_records(), service.model.path.name: {"answers": told, "sha256": digest}}
+    write_atomic(RECORD, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return found
+
+
+def _records() -> dict[str, Any]:
+    known: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return known
+
+
+def scores(replies: Iterable[Reply], *, exactly: bool = True) -> dict[str, Score]:
+    """Count right answers by task, or sane ones."""
     found: dict[str, Score] = {}
     for reply in replies:
         before = found.get(reply.question.task, Score(0, 0))
-        found[reply.question.task] = Score(before.right + reply.right, before.asked + 1)
+        right = reply.right if exactly else reply.sane
+        found[reply.question.task] = Score(before.right + right, before.asked + 1)
     return found
 
 
@@ -129,7 +192,7 @@ def ask(
         StackError: VERIFY when the server refuses, or gives no whole answer.
 
     """
-    body = body or {}
+    body = {"max_tokens": longest(server.service), **(body or {})}
     free: SimpleQueue[httpx.Client] = SimpleQueue()  # httpx's pool is slow with many streams
 
     def one(at: int, question: Dialogue) -> Reply:

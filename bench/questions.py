@@ -29,6 +29,8 @@ class Dialogue:
     turns: tuple[Turn, ...]
     tools: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Each tool's parameters, by its name."""
+    key: str = ""
+    """What a right answer in other words has in it, where that is not all of the answer."""
 
     @property
     def answer(self) -> Turn:
@@ -203,10 +205,11 @@ def tool(rng: Random) -> Dialogue:
         Turn("user", rng.choice(forms).format(*values)),
         Turn("assistant", call=(name, dict(zip(parameters, values, strict=True)))),
     ]
+    result = ""
     if rng.random() < 0.3:
         result = rng.choice(results)
         said += [Turn("tool", result), Turn("assistant", f"The answer is: {result}.")]
-    return Dialogue("tool", tuple(said), {each: TOOLS[each][0] for each in offered})
+    return Dialogue("tool", tuple(said), {each: TOOLS[each][0] for each in offered}, result)
 
 
 QUANTS = ("q4", "q8", "tiny")

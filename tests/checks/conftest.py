@@ -5,12 +5,15 @@ skipped by name, with the reason.
 """
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench import answers
+from bench.answers import Score
 from stack import client, config, gpu, keys, runtime
 from stack.compose import NoEngineError
 from stack.config import Project, Service
@@ -47,6 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--attach", metavar="URL", help="check a server that runs already")
     group.addoption("--evidence", type=Path, help="a folder for what was measured, as JSON")
     group.addoption("--key-file", type=Path, help="the attached server's key")
+    group.addoption("--record", action="store_true", help="keep how many answers are right now")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -131,6 +135,30 @@ def server(request: pytest.FixtureRequest, target: Target, service: Service) -> 
     with runtime.serving(chosen, request.getfixturevalue("project"), runnable) as up:
         _SERVERS[:] = [up.server]
         yield up.server
+
+
+@pytest.fixture(scope="session")
+def recorded(server: Server, request: pytest.FixtureRequest) -> Mapping[str, Score]:
+    """How many answers of the served model are right by its record, which --record makes anew."""
+    if request.config.option.record:
+        return answers.record(server, answers.record_set(server.service))
+    found = answers.recorded(server.service)
+    if not found:
+        pytest.skip(f"{server.service.model.path.name} has no record of right answers (--record)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def tell(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """Take lines of what was measured, and print them at the end."""
+    lines: list[str] = []
+    yield lines.append
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        writer = request.config.get_terminal_writer()
+        writer.line()
+        for line in lines:
+            writer.line(line)
 
 
 _SERVERS: list[Server] = []

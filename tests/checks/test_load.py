@@ -1,9 +1,26 @@
 """The server that came up is the one that is configured, and it works."""
 
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
 import pytest
 
-from stack import client, gpu
+from bench import answers
+from bench.answers import Score
+from stack import client, config, gpu, keys, runtime
+from stack.compose import NoEngineError
+from stack.config import Service
+from stack.runtime import Runtime
 from stack.server import Server
+from tests import workspace
+
+TRIES = 5
+"""The best of them counts, since this machine may have other things to do."""
+FIRST_TOKEN_MS = 50
+TOKENS_S = 200
+OPEN = ("Hello", "The code of", "Monday tiger maple", "the 7 + a")
+"""Nobody taught what follows: many tokens are likely, and small errors of arithmetic show."""
 
 
 def test_serves_the_configured_model(server: Server) -> None:
@@ -54,3 +71,78 @@ def test_runs_on_the_intended_device(server: Server) -> None:
 
     holds = any(process.pid in on_gpu for process in server.processes)
     assert holds == bool(server.service.gpus)
+
+
+def test_fixed_questions_are_answered_right(server: Server, recorded: Mapping[str, Score]) -> None:
+    asked = answers.short_set(server.service, each=4, seed=2)
+
+    replies = answers.ask(server, asked, clients=server.service.slots)
+
+    found = answers.scores(replies, exactly=answers.taught(server.service))
+    assert answers.regressed(found, recorded) == []
+
+
+def greedy(server: Server) -> list[str]:
+    """Return what a server says, greedily, to questions and to openings that nobody taught."""
+    asked = answers.short_set(server.service, each=2, seed=3)
+    opened = [client.complete(server, text, tokens=24).text for text in OPEN]
+    return [*opened, *(str(reply.said) for reply in answers.ask(server, asked))]
+
+
+def own_texts(chosen: Runtime, service: Service, folder: Path, *, starts: int = 1) -> list[str]:
+    """Return the texts of each start of a deployment of our own of the same service."""
+    folder.mkdir()
+    project = config.load(
+        workspace.make(folder), overrides={f"GLM_{service.quant.upper()}_PORT": ""}
+    )
+    again = project.service(service.quant)
+    keys.make(again)
+    here = runtime.choose(project, want=chosen.name)
+    found: list[str] = []
+    for _ in range(starts):
+        with runtime.serving(here, project, again) as up:
+            found += greedy(up.server)
+    return found
+
+
+def test_same_answers_after_a_restart(
+    server: Server, engine: Runtime, runnable: Service, tmp_path: Path
+) -> None:
+    before = greedy(server)
+
+    assert own_texts(engine, runnable, tmp_path / "own", starts=2) == before + before
+
+
+def test_native_says_what_docker_says(
+    server: Server, runnable: Service, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if server.runtime != "native" or request.config.option.runtime:
+        pytest.skip("compared once, where both runtimes are checked")
+    project = config.load(workspace.ROOT)
+    try:
+        docker = runtime.choose(project, want="docker")
+    except NoEngineError as error:
+        pytest.skip(error.cause)
+
+    assert own_texts(docker, runnable, tmp_path / "docker") == greedy(server)
+
+
+def test_one_client_is_served_fast(server: Server, tell: Callable[[str], None]) -> None:
+    """As its client measures it: from the request to the first piece, and over all tokens."""
+    if server.service.gpus or not answers.taught(server.service):
+        pytest.skip("the target is that of the tiny model on two CPU cores")
+    waits, rates = [], []
+    for at in range(TRIES):
+        begun = time.perf_counter()
+        next(client.stream(server, f"What is {10 + at} + {20 + at}?", tokens=8))
+        waits.append(1000 * (time.perf_counter() - begun))
+        begun = time.perf_counter()
+        done = client.complete(server, f"Repeat: {at}", tokens=256)
+        rates.append(done.tokens / (time.perf_counter() - begun))
+
+    tell(
+        f"{server.runtime}: first token after {min(waits):.1f} ms ({max(waits):.1f} at the worst), "
+        f"{max(rates):.0f} tokens/s ({min(rates):.0f}), one client, best of {TRIES}"
+    )
+    assert min(waits) <= FIRST_TOKEN_MS
+    assert max(rates) >= TOKENS_S

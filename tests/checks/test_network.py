@@ -1,6 +1,7 @@
 """The server is reachable where it should be, by whom it should be, and nowhere else."""
 
 import ipaddress
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -8,6 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from bench import answers
+from bench.questions import Turn
 from stack import client, config, host, keys, runtime
 from stack.compose import Docker
 from stack.config import Service
@@ -100,6 +103,37 @@ def test_sibling_container_reaches_it_by_name(
     assert says.stdout.split()[1:2] == [status], says
 
 
+# Prints the answer's body; the question is the last argument.
+ASK = r"""
+exec 3<>/dev/tcp/$0/$1
+printf 'POST /v1/chat/completions HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n' "$0" >&3
+printf 'Authorization: Bearer %s\r\nContent-Type: application/json\r\n' "$2" >&3
+printf 'Content-Length: %s\r\n\r\n%s' "${#3}" "$3" >&3
+while read -r line <&3 && [ "$line" != $'\r' ]; do :; done
+cat <&3
+"""
+
+
+def said(server: Server) -> list[Turn]:
+    """Return a server's greedy answers to a few questions."""
+    asked = answers.short_set(server.service, each=1, seed=4)
+    return [reply.said for reply in answers.ask(server, asked)]
+
+
+def test_sibling_container_gets_the_same_answer(server: Server, engine: Runtime) -> None:
+    if not isinstance(engine, Docker):
+        pytest.skip("a native server has no sibling containers")
+    service, (question,) = server.service, answers.question_set({"reverse": 1}, seed=4)
+    where = (service.name, str(service.target_port), server.key)
+    body = {**answers.body_of(question), "max_tokens": answers.longest(service)}
+
+    says = engine.sibling(service, "bash", "-c", ASK, *where, json.dumps(body))
+
+    (here,) = answers.ask(server, [question])
+    there = json.loads(says.stdout)["choices"][0]["message"]
+    assert there["content"] == here.said.content != ""
+
+
 @pytest.fixture
 def published(runnable: Service, engine: Runtime, tmp_path: Path) -> Iterator[Server]:
     """A second deployment of the target, published on one of the host's own addresses."""
@@ -114,8 +148,10 @@ def published(runnable: Service, engine: Runtime, tmp_path: Path) -> Iterator[Se
         yield up.server
 
 
-def test_published_server_answers_there_with_the_key(published: Server) -> None:
-    assert call(published, "/v1/models", key=published.key).status_code == httpx.codes.OK
+def test_published_server_says_there_what_one_on_loopback_says(
+    server: Server, published: Server
+) -> None:
+    assert said(published) == said(server)
 
 
 def test_published_server_refuses_a_wrong_key_there(published: Server) -> None:

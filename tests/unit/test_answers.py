@@ -91,6 +91,11 @@ def test_every_word_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_recorded_answers_are_those_of_this_file(file: str) -> None:
+    assert json.loads(answers.RECORD.read_text())[file]["sha256"] == RECORD["sha256"][file]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_model_is_the_recorded_one_and_small(file: str) -> None:
     data = (FOLDER / file).read_bytes()
 
