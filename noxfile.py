@@ -98,6 +98,12 @@ def client(session: nox.Session) -> None:
 
 
 @nox.session
+def requests(session: nox.Session) -> None:
+    """Check that hostile requests, and clients and servers that vanish, harm nobody else."""
+    _pytest(session, "tests/checks/test_requests.py", *session.posargs)
+
+
+@nox.session
 def summary(session: nox.Session) -> None:
     """Show what passed, and what was skipped and why."""
     _run(session, "python", "-m", "tests.summary", str(RESULTS))

@@ -21,6 +21,7 @@ from stack.config import Project, Service, Settings
 from stack.errors import Code, StackError
 from stack.host import Process, Result, children, reason, run
 from stack.server import Server
+from stack.wait import wait_until
 
 if TYPE_CHECKING:
     from docker.client import DockerClient
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 _SOCKET = "unix:///var/run/docker.sock"
 _ANSWER_LIMIT_S = 8
 _UP_LIMIT_S = 30
+_INIT_LIMIT_S = 10
 _BOOTSTRAPPED = "glm-base:trixie"
 _MARGIN_BYTES = 1 << 30
 
@@ -356,14 +358,19 @@ class Docker:
 
         """
         self.compose("up", "--detach", "--no-build", "--force-recreate", service.name)
-        server = self.find(service, key=key)
-        if server is None:
-            raise StackError(
-                f"{service.name} was started and its container is gone.",
-                "Somebody else removes containers on this machine; try again.",
-                Code.LOAD,
-            )
-        return server
+
+        def begun() -> Server | None:
+            server = self.find(service, key=key)
+            if server is None:
+                raise StackError(
+                    f"{service.name} was started and its container is gone.",
+                    "Somebody else removes containers on this machine; try again.",
+                    Code.LOAD,
+                )
+            return server if server.processes or server.ended() else None
+
+        # Its init is there a moment before the server is.
+        return wait_until(begun, timeout_s=_INIT_LIMIT_S, what=f"{service.name} has no process")
 
     def find(self, service: Service, *, key: str) -> Server | None:
         """Return the service's server, running or ended; None when it has no container."""

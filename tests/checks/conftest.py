@@ -21,6 +21,7 @@ from stack.errors import StackError
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
+from tests.ledger import Ledger
 
 RUNTIMES = ("docker", "native")
 
@@ -50,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--attach", metavar="URL", help="check a server that runs already")
     group.addoption("--evidence", type=Path, help="a folder for what was measured, as JSON")
     group.addoption("--key-file", type=Path, help="the attached server's key")
-    group.addoption("--record", action="store_true", help="keep how many answers are right now")
+    group.addoption("--record", action="store_true", help="make the record of what is found")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -159,6 +160,17 @@ def tell(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
         writer.line()
         for line in lines:
             writer.line(line)
+
+
+@pytest.fixture(scope="module")
+def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
+    """Keeps what the module's checks try, and what comes of it."""
+    kept = Ledger(request.module.__name__.rpartition("test_")[2])
+    yield kept
+    kept.write(workspace.ROOT / ".state" / "checks")
+    if request.config.option.record:
+        pin = config.load(workspace.ROOT).engine
+        kept.record(f"b{pin.build} ({pin.commit[:12]})")
 
 
 _SERVERS: list[Server] = []

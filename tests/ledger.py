@@ -1,0 +1,125 @@
+"""Keeps what the checks tried, and what came of it: `docs/faults.md` is made of nothing else.
+
+A run writes its rows below `.state`; with `--record` they replace its former ones in the record.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tests.workspace import ROOT
+
+RECORD = ROOT / "bench" / "results" / "faults.json"
+PAGE = ROOT / "docs" / "faults.md"
+HEAD = """\
+# Faults and hostile inputs
+
+Made by the checks themselves (`nox -s {sessions} -- --record`) from what they tried on servers of
+the tiny model, engine {engine}. *Row* is the fault's number in our list of faults; *inputs* counts
+what was sent or done, over all targets. A check fails when what it finds differs from what stands
+here, for the worse or for the better.
+
+Outcomes of hostile requests: HTTP statuses; `died`, the server did; `cut`, the connection alone
+did; `slow`, no answer after 5 s of the server's CPU time; `stuck`, nobody else was answered
+meanwhile; `heavy`, it took over 2 GiB. Nothing of this kind is open to who has no key.
+"""
+
+
+@dataclass
+class Row:
+    """One case on one target. `why` says, where the outcome is not the expected, what is known."""
+
+    session: str
+    row: str
+    case: str
+    expected: str
+    target: str
+    found: str = ""
+    inputs: int = 0
+    why: str = ""
+    failed: bool = False
+
+
+@dataclass
+class Ledger:
+    """The rows of a session."""
+
+    session: str
+    rows: list[Row] = field(default_factory=list)
+
+    @contextmanager
+    def trying(self, row: str, case: str, *, expected: str, target: object) -> Iterator[Row]:
+        """Enter a case; its body fills in what was found, and fails by raising."""
+        entry = Row(self.session, row, case, expected, str(target))
+        self.rows.append(entry)
+        try:
+            yield entry
+        except BaseException as error:
+            entry.failed = True
+            entry.found = entry.found or str(error).strip().partition("\n")[0]
+            raise
+
+    def write(self, folder: Path) -> None:
+        """Write the rows of this run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(each) for each in self.rows]
+        (folder / f"{self.session}.cases.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+    def record(self, engine: str) -> None:
+        """Put the rows in the place of the session's former ones, and make the page anew.
+
+        Raises ValueError where one failed: that is no record of what holds.
+        """
+        if failed := [each.case for each in self.rows if each.failed]:
+            raise ValueError(f"not recorded, since these failed: {', '.join(failed)}")
+        targets = {each.target for each in self.rows}
+        kept = [
+            each for each in read() if each.session != self.session or each.target not in targets
+        ]
+        rows = [asdict(each) for each in sorted([*kept, *self.rows], key=_order)]
+        RECORD.write_text(json.dumps({"engine": engine, "rows": rows}, indent=1) + "\n")
+        PAGE.write_text(page())
+
+
+def _order(row: Row) -> tuple[str, str, int, str, str]:
+    return row.session, row.row[:1], int(row.row[1:] or 0), row.case, row.target
+
+
+def read() -> list[Row]:
+    """Return the recorded rows."""
+    if not RECORD.exists():
+        return []
+    return [Row(**each) for each in json.loads(RECORD.read_text())["rows"]]
+
+
+def page() -> str:
+    """Return `docs/faults.md`: what does not hold first."""
+    rows = read()
+    off = [each for each in rows if each.why]
+    sessions = " ".join(dict.fromkeys(each.session for each in rows))
+    engine = json.loads(RECORD.read_text())["engine"]
+    parts = [
+        HEAD.format(sessions=sessions, engine=engine),
+        "## What does not hold\n",
+        _table(off, why=True),
+        "\n## What holds\n",
+        _table([each for each in rows if not each.why], why=False),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: Iterable[Row], *, why: bool) -> str:
+    head = ["Row", "Case", "Expected", "Found", "Inputs", *(["What is known"] if why else [])]
+    lines = [head, ["---"] * len(head)]
+    cases: dict[tuple[str, str, str], list[Row]] = {}
+    for each in rows:
+        cases.setdefault((each.row, each.case, each.expected), []).append(each)
+    for (row, case, expected), same in cases.items():
+        found = {each.found for each in same}
+        told = [f"{each.target}: {each.found}" for each in same]
+        inputs = f"{sum(each.inputs for each in same):,}"
+        cells = [row, case, expected, found.pop() if len(found) == 1 else "; ".join(told), inputs]
+        lines.append([*cells, *(["; ".join(dict.fromkeys(e.why for e in same))] if why else [])])
+    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in lines)

@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import pytest
+
+from tests import hostile, ledger
+from tests.ledger import Ledger
+
+
+def test_page_of_the_docs_is_the_one_that_the_record_makes() -> None:
+    assert ledger.PAGE.read_text() == ledger.page()
+
+
+@pytest.mark.parametrize("case", hostile.CASES, ids=lambda case: case.name)
+def test_what_a_hostile_request_finds_is_in_the_record(case: hostile.Hostile) -> None:
+    (found,) = {(row.found, row.why) for row in ledger.read() if row.case == case.name}
+
+    assert found == (case.found, case.why)
+
+
+@pytest.mark.parametrize("case", hostile.CASES, ids=lambda case: case.name)
+def test_unexpected_outcome_has_a_reason(case: hostile.Hostile) -> None:
+    assert not case.unexpected or case.why
+
+
+def test_case_that_raises_is_kept_as_failed_and_never_recorded(tmp_path: Path) -> None:
+    kept = Ledger("x")
+    with (
+        pytest.raises(AssertionError),
+        kept.trying("R1", "a case", expected="x", target="y"),
+    ):
+        raise AssertionError("it broke\nfor some reason")
+    kept.write(tmp_path)
+
+    assert (kept.rows[0].failed, kept.rows[0].found) == (True, "it broke")
+    assert "it broke" in (tmp_path / "x.cases.json").read_text()
+    with pytest.raises(ValueError, match="a case"):
+        kept.record("engine")
