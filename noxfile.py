@@ -93,7 +93,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def client(session: nox.Session) -> None:
-    """Check that OpenCode understands what we print for it, and reaches server and tools by it."""
+    """Check that OpenCode works with what we print for it; that reports tell no secret."""
     _pytest(session, "tests/checks/test_client.py", *session.posargs)
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import tempfile
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from stack.server import Server
 from stack.wait import wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from docker.client import DockerClient
     from docker.models.containers import Container
 
@@ -32,6 +34,7 @@ _SOCKET = "unix:///var/run/docker.sock"
 _ANSWER_LIMIT_S = 8
 _UP_LIMIT_S = 30
 _INIT_LIMIT_S = 10
+_LABEL = "glm.engine.build"
 _BOOTSTRAPPED = "glm-base:trixie"
 _MARGIN_BYTES = 1 << 30
 
@@ -117,7 +120,7 @@ class Docker:
         engine, labels = self.project.engine, self.image_labels(service)
         wanted = {
             "org.opencontainers.image.revision": engine.commit,
-            "glm.engine.build": str(engine.build),
+            _LABEL: str(engine.build),
             "glm.cuda.archs": service.build_args.get("CUDA_ARCH", ""),
         }
         return all(labels.get(name) == value for name, value in wanted.items())
@@ -395,6 +398,39 @@ class Docker:
             restarts=restarts,
             image=f"{service.image} {container.attrs['Image'].removeprefix('sha256:')[:12]}",
         )
+
+    def left(self) -> "Iterator[tuple[str, str, int, Callable[[], None]]]":
+        """Yield what of this project is here: kind, name, bytes, and what removes it.
+
+        Images are those of the services' names that carry our label.
+        """
+        ours = [
+            f"com.docker.compose.project={self.project.name}",
+            f"com.docker.compose.project.working_dir={self.project.root}",
+        ]
+        for container in self.client.containers.list(all=True, filters={"label": ours}):
+            name = str(container.name)
+            yield "container", name, 0, partial(self._delete, "container", "rm", "--force", name)
+        for network in self.client.networks.list(filters={"label": ours[:1]}):
+            name = str(network.name)
+            yield "network", name, 0, partial(self._delete, "network", "rm", name)
+        repositories = {
+            service.image.rpartition(":")[0] for service in self.project.services.values()
+        }
+        for image in self.client.images.list(filters={"label": _LABEL}):
+            for tag in image.tags:
+                if tag.rpartition(":")[0] in repositories:
+                    remove = partial(self._delete, "image", "rm", tag)
+                    yield "image", tag, image.attrs["Size"], remove
+
+    def _delete(self, *arguments: str) -> None:
+        done = run(["docker", *arguments], timeout_s=60)
+        if done.status:
+            raise StackError(
+                f"{arguments[-1]} cannot be removed: {reason(done)}",
+                "Stop what uses it, then try again.",
+                Code.HOST,
+            )
 
     def follow(self, service: Service) -> None:
         """Show the service's log as it grows, until interrupted."""

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from stack.config import Project
 from stack.errors import Code, StackError
-from stack.host import answers, run, sync_folder
+from stack.host import answers, own_folder, run, sync_folder
 
 Progress = Callable[[int, int], None]
 
@@ -44,6 +44,7 @@ def source(project: Project, *, progress: Progress | None = None) -> Path:
         return project.root / given
     folder = project.cache / "engine" / project.engine.commit[:12]
     if not folder.exists():
+        own_folder(project.cache)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
             tree = _from_git(project, Path(part)) or _from_archive(project, Path(part), progress)

@@ -17,6 +17,8 @@ from typing import IO, Any, Self
 
 from stack.errors import Code, StackError
 
+MARKER = ".made-by-glm-server"
+_NOT_OURS_ALONE = {"checks"}  # where nox leaves results before we are ever called
 _INTERRUPT_GRACE_S = 10
 
 
@@ -137,6 +139,13 @@ def spawn(argv: Sequence[str], *, env: Mapping[str, str], log: Path, pid_file: P
     os.posix_spawn(shell[0], shell, env, file_actions=files, setsid=True)
 
 
+def own_folder(folder: Path) -> None:
+    """Make a folder where it is missing, and mark it as ours to remove unless others use it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if {each.name for each in folder.iterdir()} <= _NOT_OURS_ALONE:
+        (folder / MARKER).write_text("Made by glm-server; `invoke clean` may remove this folder.\n")
+
+
 @contextlib.contextmanager
 def lock(folder: Path, *, verb: str) -> Iterator[None]:
     """Hold the project's lock; the kernel drops it with the process, so none is ever stale.
@@ -145,7 +154,7 @@ def lock(folder: Path, *, verb: str) -> Iterator[None]:
         StackError: BUSY, naming the holder, when another operation has it.
 
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     with (folder / "lock").open("a+") as file, _held(file, f"invoke {verb}", "operation"):
         yield
 
@@ -246,16 +255,18 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
-def write_atomic(path: Path, text: str, *, mode: int = 0o644, owner: int | None = None) -> None:
+def write_atomic(
+    path: Path, content: str | bytes, *, mode: int = 0o644, owner: int | None = None
+) -> None:
     """Write a small file so that a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "w") as file:
+        with os.fdopen(fd, "wb") as file:
             os.fchmod(fd, mode)
             if owner is not None:
                 os.fchown(fd, owner, owner)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(fd)
         Path(name).replace(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stack.config import Project, Service
 from stack.errors import Code, StackError
-from stack.host import Process, Result, listening_port, reason, run, spawn, write_atomic
+from stack.host import Process, Result, listening_port, own_folder, reason, run, spawn, write_atomic
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 
@@ -86,6 +86,7 @@ class Native:
             StackError: BUILD, with the compiler's last words; HOST without nvcc for CUDA.
 
         """
+        own_folder(self.project.cache)
         folder = self._build_folder(service)
         folder.mkdir(parents=True, exist_ok=True)
         engine = self.project.engine

@@ -110,9 +110,12 @@ def model(_: Context, quant: list[str], stand_in: bool = False) -> None:
 @task
 def key(_: Context, quant: list[str]) -> None:
     """Make the API key where there is none, and say where it is."""
-    from stack import keys
+    from stack import host, keys
 
-    for service in select(read_project(), quant):
+    project = read_project()
+    for service in select(project, quant):
+        if not service.key_file.exists():
+            host.own_folder(project.state)
         keys.make(service)
         keys.read(service)
         print(service.key_file)

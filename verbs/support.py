@@ -41,3 +41,36 @@ def opencode(_: Context, quant: list[str], host: str = "", write: str = "") -> N
         print(f"Export {config.KEY_VARIABLE} where OpenCode runs.")
     (model,) = ours["provider"][server.service.name]["models"]
     print(f"Use it: opencode --model {server.service.name}/{model}")
+
+
+@task
+def report(_: Context) -> None:
+    """Write a bundle for whoever is to help: keys, tokens, home folders, prompts taken out."""
+    from stack import bundle
+
+    written = bundle.write(read_project())
+    print(f"{written.path} holds:")
+    for name in written.names:
+        print(f"  {name}")
+    print("Look through it before you send it.")
+
+
+@task
+def clean(_: Context, yes: bool = False) -> None:
+    """List what this deployment left on the machine, models aside; with --yes remove it."""
+    from stack import clean as cleaning
+    from stack import host
+
+    project = read_project()
+    found = cleaning.items(project)
+    for each in found:
+        print(f"{each.kind:<10}{each.name}{f', {each.size_mb:,.0f} MB' if each.size_mb else ''}")
+    if not found:
+        print("There is nothing.")
+    elif not yes:
+        print("Remove all of it: uv run invoke clean --yes")
+    else:
+        with host.lock(project.state, verb="clean"):
+            for each in found:
+                each.remove()
+        print("It is removed.")

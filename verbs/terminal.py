@@ -66,6 +66,7 @@ HELP = {
     "watch": "show it anew every two seconds, until Ctrl-C",
     "write": "a file of OpenCode's configuration to merge it into",
     "with-model": "a quant of which to make an image that holds its model too",
+    "yes": "remove it",
 }
 
 

@@ -1,12 +1,15 @@
-"""A coding agent reaches the server with what we print for it: OpenCode itself, and its parts.
+"""What is given to others works and tells no secret: to OpenCode, to a helper, to the next owner.
 
 OpenCode and its client package come from npm, by the lock in `opencode/`.
 """
 
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,13 @@ import pytest
 
 from bench.answers import body_of, question_set
 from bench.questions import TOOLS, Dialogue
-from stack import host
+from stack import client, config, host, keys, runtime
+from stack.compose import Docker, NoEngineError
 from stack.config import Project
 from stack.errors import Code
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import Target
+from tests.checks.conftest import RUNTIMES, Target
 
 HERE = Path(__file__).parent / "opencode"
 LIMIT_S = 120
@@ -239,3 +243,145 @@ def test_write_refuses_what_it_would_damage(
     assert "comments, which would be lost" in done.stderr
     assert path.read_text() == text
     assert [*tmp_path.iterdir()] == [path]
+
+
+SECRET = "canary" + secrets.token_hex(8)
+
+
+@pytest.fixture(params=RUNTIMES)
+def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Project, str]]:
+    """A deployment of its own, in a home of its own; the runtime's name."""
+    option = request.config.option
+    if option.attach or option.runtime not in {None, request.param}:
+        pytest.skip("not the runtime that was asked for")
+    home = tmp_path / "home" / f"home-of-{SECRET}"
+    root = home / "deployment"
+    root.mkdir(parents=True)
+    settings = {"GLM_TINY_PORT": str(workspace.free_port()), "GLM_MODELS": str(home / "models")}
+    project = config.load(workspace.make(root, **settings))
+    (home / "models").mkdir()
+    shutil.copy(workspace.ROOT / "models" / "tiny.gguf", home / "models")
+    try:
+        chosen = runtime.choose(project, want=request.param)
+    except NoEngineError as error:
+        pytest.skip(error.cause)
+    service = project.service("tiny")
+    runtime.ensure_engine(chosen, project, service)
+    yield project, request.param
+    chosen.stop(service)
+
+
+def test_report_tells_the_fault_and_no_secret(own: tuple[Project, str], tmp_path: Path) -> None:
+    """A canary in each input: keys, token, home, proxy, requests, records."""
+    project, where = own
+    service = project.service("tiny")
+    keys.make(service).write_text(f"key-{SECRET}\nsecond-{SECRET}\n")
+    home = str(project.root.parent)
+    env = {"HOME": home, "HF_TOKEN": f"hf_{SECRET}", "HTTPS_PROXY": f"http://me:{SECRET}@proxy"}
+    assert invoke(project, "up", f"--{where}", **env).status == 0
+    server = runtime.running(project, "tiny")
+    provoke(server)
+    record = {"prompt": SECRET, "messages": [{"content": f"a {SECRET}"}], "rate": 17.5}
+    host.write_atomic(project.state / "loadtest" / "record.json", json.dumps(record))
+    header = f"<log>Authorization: Bearer {SECRET}\nHF_TOKEN={SECRET} /home/{SECRET}/x</log>"
+    host.write_atomic(project.state / "checks" / "load.xml", header)
+    assert SECRET in server.logs(2000)
+
+    done = invoke(project, "report", **env)
+
+    assert done.status == 0, done
+    path = Path(done.stdout.split(" holds:")[0])
+    assert path.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    files = {
+        file.relative_to(tmp_path / "out").as_posix().partition("/")[2]: file.read_text()
+        for file in (tmp_path / "out").rglob("*")
+        if file.is_file()
+    }
+    leaks = {name for name, text in files.items() if SECRET in name + text}
+    assert not leaks, {name: re.findall(f".*{SECRET}.*", files[name]) for name in leaks}
+    log = files[f"{where}-glm-tiny.log"]
+    assert "model loaded" in log
+    assert "got exception" in log
+    assert json.loads(files["versions.json"])["engine"]["commit"] == project.engine.commit
+    assert json.loads(files["configuration.json"])["settings"]["GLM_MODELS"] == "~/models"
+    assert json.loads(files["evidence/loadtest/record.json"])["rate"] == 17.5
+    assert "evidence/checks/load.xml" in files
+    states = {each["quant"]: each["state"] for each in json.loads(files["status.json"])}
+    assert states["tiny"] == "ready"
+    inspect = json.loads(files.get("docker-glm-tiny.inspect.json", "{}"))
+    assert (where == "docker") == bool(inspect.get("container", {}).get("Image"))
+
+
+def provoke(server: Server) -> None:
+    """Send requests that the engine refuses with their own words in its log, and a good one."""
+    refused = (
+        f'{{"messages": [{{"role": "user", "content": "{SECRET}"}}] x',
+        json.dumps({"messages": [], "grammar": f"root ::= \n%% {SECRET}"}),
+        json.dumps({"messages": [], "json_schema": {"type": SECRET}}),
+        json.dumps({"prompt": {SECRET: SECRET}}),
+    )
+    with client.session(server) as session:
+        for body in refused:
+            for route in ("/v1/chat/completions", "/completion"):
+                assert session.post(route, content=body).status_code >= 400
+    for _ in client.stream(server, f"Repeat: {SECRET}", tokens=64):
+        pass
+
+
+def test_clean_lists_then_removes_its_own(own: tuple[Project, str]) -> None:
+    project, where = own
+    assert invoke(project, "up", f"--{where}").status == 0
+    running = invoke(project, "clean", "--yes")
+    assert running.status == Code.USAGE, running
+    assert invoke(project, "down").status == 0
+    cache = project.root / ".cache"
+    linked = invoke(project, "clean", "--yes")
+    assert linked.status == Code.USAGE, linked
+    assert "is a link" in linked.stderr
+    cache.unlink()
+    cache.mkdir()
+    (cache / "theirs").write_text("precious")
+    strange = invoke(project, "clean", "--yes")
+    assert strange.status == Code.USAGE, strange
+    assert "somebody else's" in strange.stderr
+    assert (cache / "theirs").read_text() == "precious"
+    assert service_key(project).exists()
+    (cache / "theirs").unlink()
+    host.own_folder(cache)
+    (cache / "link").symlink_to(project.root / "stack")
+    compose = project.root / "compose.yaml"
+    text = compose.read_text()
+    compose.unlink()
+    compose.write_text(text.replace("image: glm-server:", f"image: {project.name}:"))
+    image = config.load(project.root).service("tiny").image
+    assert image == f"{project.name}:cpu"
+    foreign = f"{project.name}-foreign:cpu"
+    docker = Docker(project)
+    if where == "docker":
+        docker.client.images.get("glm-server:cpu").tag(image)
+        docker.client.images.get("glm-server:cpu").tag(foreign)
+
+    listed = invoke(project, "clean")
+    assert listed.status == 0, listed
+    assert service_key(project).exists()
+    assert "glm-server" not in listed.stdout
+    done = invoke(project, "clean", "--yes")
+
+    assert done.status == 0, done
+    assert not cache.exists()
+    assert not project.state.exists()
+    assert (workspace.ROOT / "stack" / "host.py").exists()
+    assert (project.root.parent / "models" / "tiny.gguf").exists()
+    if where == "docker":
+        assert image in listed.stdout
+        assert not docker.client.images.list(name=image)
+        assert docker.client.images.list(name=foreign)
+        docker.client.images.remove(foreign)
+    again = invoke(project, "clean")
+    assert again.stdout == "There is nothing.\n", again
+
+
+def service_key(project: Project) -> Path:
+    return project.service("tiny").key_file

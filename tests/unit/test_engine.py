@@ -142,7 +142,8 @@ def test_wrong_archive_is_refused_and_leaves_nothing(  # noqa: PLR0917  # all by
         engine.source(pinned(project, repository=NOWHERE, commit="c0ffee"))
 
     assert caught.value.code == Code.BUILD
-    assert not any(path.is_file() for path in project.cache.rglob("*"))
+    files = {path.name for path in project.cache.rglob("*") if path.is_file()}
+    assert files == {host.MARKER}
 
 
 def test_given_folder_is_taken_as_it_is(project: Project) -> None:
