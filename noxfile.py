@@ -62,6 +62,12 @@ def network(session: nox.Session) -> None:
 
 
 @nox.session
+def hardening(session: nox.Session) -> None:
+    """Read back what the running container may do, and see insecure twins of it be caught."""
+    _pytest(session, "tests/checks/test_hardening.py", *session.posargs)
+
+
+@nox.session
 def vram(session: nox.Session) -> None:
     """Measure GPU memory from start to stop, and hold it against plan and budget."""
     _pytest(session, "tests/checks/test_vram.py", *session.posargs)

@@ -20,6 +20,7 @@ LD_LIBRARY_PATH=/usr/local/cuda/lib ldd llama-server llama-bench llama-batched-b
         esac
     done
 strip --strip-unneeded "$app"/*
+chmod a-x "$app"/*.so* "$root$lib"/lib*
 cp -r /src/LICENSE /src/licenses "$app"
 
 echo "root:x:0:0:root:/:/usr/sbin/nologin

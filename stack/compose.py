@@ -339,6 +339,25 @@ class Docker:
         network = f"--network={self.project.name}_default"
         return run(["docker", "run", "--rm", network, self._base(service), *argv], timeout_s=60)
 
+    def beside(
+        self, service: Service, container: "Container", script: str, *arguments: str
+    ) -> Result:
+        """Run a bash script of the base image among a container's processes, with its rights.
+
+        Their files are under /proc/PID/root, which the container's user may enter.
+        """
+        rights = container.attrs["HostConfig"]
+        options = [
+            f"--user={container.attrs['Config']['User']}",
+            f"--privileged={str(rights['Privileged']).lower()}",
+            *(f"--cap-drop={name}" for name in rights["CapDrop"] or ()),
+            *(f"--cap-add={name}" for name in rights["CapAdd"] or ()),
+            *(f"--security-opt={option}" for option in rights["SecurityOpt"] or ()),
+        ]
+        argv = ["docker", "run", "--rm", "--network=none", f"--pid=container:{container.id}"]
+        command = [self._base(service), "bash", "-c", script, *arguments]
+        return run([*argv, *options, *command], timeout_s=60)
+
     def program(self, service: Service, name: str) -> str:  # noqa: ARG002
         """Return the path of one of the engine's programs in the image."""
         return f"/app/{name}"

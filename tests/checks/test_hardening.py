@@ -1,0 +1,136 @@
+"""The running container lets its server do no more than serve.
+
+Each promise is read back from the kernel or tried, by a check that an insecure twin of the same
+container fails.
+"""
+
+import copy
+import io
+import tarfile
+from collections.abc import Iterator
+
+import pytest
+from docker.models.containers import Container
+
+from stack.compose import Docker
+from stack.config import Service
+from stack.runtime import Runtime
+from stack.server import Server
+from tests.hardening import CHECKS, Insecure, Seen, see
+
+DOCKER_SOCKET = {"Type": "bind", "Source": "/var/run/docker.sock", "Target": "/docker.sock"}
+UNLIMITED = {"PidsLimit": 0, "Memory": 0, "MemorySwap": 0, "Ulimits": []}
+ROOT = {"User": "0:0"}
+KEY = ["DAC_READ_SEARCH"]  # what root needs to read the key
+TMP = "/tmp"  # noqa: S108  # the container's
+INSECURE = {
+    "root": Insecure(("user",), config=ROOT, host={"CapAdd": KEY}),
+    "root-group": Insecure(("user",), host={"GroupAdd": ["0"]}),
+    "capability": Insecure(("capabilities",), host={"CapAdd": ["NET_ADMIN"]}),
+    "setuid-may-gain": Insecure(("privileges",), host={"SecurityOpt": None}),
+    "no-seccomp": Insecure(("seccomp",), host={"SecurityOpt": ["seccomp=unconfined"]}),
+    "writable-root": Insecure(("mounts",), host={"ReadonlyRootfs": False}),
+    "writable-root-of-root": Insecure(
+        ("mounts", "written", "executed"),
+        config=ROOT,
+        host={"CapAdd": KEY, "ReadonlyRootfs": False},
+    ),
+    "tmpfs-runs": Insecure(("executed",), host={"Tmpfs": {TMP: "rw,exec"}}),
+    "tmpfs-more": Insecure(
+        ("written",), host={"Tmpfs": {TMP: "rw", "/app/licenses": "rw,mode=1777"}}
+    ),
+    "device": Insecure(
+        ("devices",),
+        host={
+            "Devices": [
+                {
+                    "PathOnHost": "/dev/null",
+                    "PathInContainer": "/dev/nvidia7",
+                    "CgroupPermissions": "rwm",
+                }
+            ]
+        },
+    ),
+    "docker-socket": Insecure(("sockets",), host={"Mounts": [DOCKER_SOCKET]}),
+    "host-network": Insecure(("namespaces",), host={"NetworkMode": "host", "PortBindings": None}),
+    "host-pids": Insecure(("namespaces",), host={"PidMode": "host"}),
+    "host-ipc": Insecure(("namespaces",), host={"IpcMode": "host"}),
+    "host-uts": Insecure(("namespaces",), config={"Hostname": ""}, host={"UTSMode": "host"}),
+    "no-limits": Insecure(("limits",), host=UNLIMITED),
+    "privileged": Insecure(("capabilities", "seccomp", "devices"), host={"Privileged": True}),
+    "setuid-shell": Insecure(
+        ("setuid", "executables"), host={"ReadonlyRootfs": False}, file="bin/sh"
+    ),
+}
+
+
+def in_docker(engine: Runtime) -> Docker:
+    if not isinstance(engine, Docker):
+        pytest.skip("a native server has the rights of its user")
+    return engine
+
+
+@pytest.fixture(scope="session")
+def container(engine: Runtime, server: Server) -> Container:
+    found = in_docker(engine).container(server.service)
+    assert found
+    return found
+
+
+@pytest.fixture(scope="session")
+def seen(engine: Runtime, server: Server, container: Container) -> Seen:
+    return see(in_docker(engine), server.service, container)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_server_holds(seen: Seen, check: str) -> None:
+    assert list(CHECKS[check](seen)) == []
+
+
+@pytest.fixture
+def twin(
+    request: pytest.FixtureRequest, engine: Runtime, service: Service, container: Container
+) -> Iterator[tuple[Insecure, Container]]:
+    """A container like the server's own but for one thing."""
+    docker, insecure = in_docker(engine), INSECURE[request.param]
+    if service.gpus:
+        pytest.skip(f"{service.name}: each of its twins would load the model once more")
+    config = copy.deepcopy(container.attrs["Config"])
+    config |= {"HostConfig": {**container.attrs["HostConfig"], **(insecure.host or {})}}
+    config |= {"Labels": {}, **(insecure.config or {})}
+    if mounts := (insecure.host or {}).get("Mounts"):
+        config["HostConfig"]["Mounts"] = [*container.attrs["HostConfig"]["Mounts"], *mounts]
+    create = docker.client.api.create_container_from_config
+    twin = docker.client.containers.get(create(config)["Id"])  # type: ignore[no-untyped-call]
+    try:
+        if insecure.file:
+            twin.put_archive("/", setuid(insecure.file))
+        twin.start()
+        yield insecure, twin
+    finally:
+        twin.remove(force=True)
+
+
+def setuid(name: str) -> bytes:
+    """Return an archive of one setuid program."""
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = 1, 0o4755
+            archive.addfile(info, io.BytesIO(b"#"))
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("twin", INSECURE, indirect=True)
+def test_insecure_twin_does_not(
+    twin: tuple[Insecure, Container], engine: Runtime, service: Service
+) -> None:
+    insecure, container = twin
+    found = see(in_docker(engine), service, container)
+
+    failing = {name for name, check in CHECKS.items() if list(check(found))}
+    assert failing >= set(insecure.fails)
+
+
+def test_every_check_has_a_twin_that_fails_it() -> None:
+    assert {name for twin in INSECURE.values() for name in twin.fails} == set(CHECKS)
