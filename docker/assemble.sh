@@ -9,8 +9,8 @@ install -d -m 1777 "$root/tmp"
 ln -s usr/lib usr/lib64 "$root"
 
 cd /engine
-cp llama-server llama-bench llama-batched-bench llama-fit-params /probe "$app"
-LD_LIBRARY_PATH=/usr/local/cuda/lib ldd llama-server llama-bench llama-batched-bench llama-fit-params /probe |
+cp llama-server llama-bench llama-batched-bench llama-fit-params /own/* "$app"
+LD_LIBRARY_PATH=/usr/local/cuda/lib ldd llama-server llama-bench llama-batched-bench llama-fit-params /own/* |
     grep -o '/[^ ]* (' | tr -d ' (' | sort -u |
     while read -r file; do
         case $file in
@@ -21,6 +21,8 @@ LD_LIBRARY_PATH=/usr/local/cuda/lib ldd llama-server llama-bench llama-batched-b
     done
 strip --strip-unneeded "$app"/*
 chmod a-x "$app"/*.so* "$root$lib"/lib*
+# What may run but not be read cannot be traced: the server, of the same user, cannot take over the health check.
+chmod 0111 "$app/probe"
 cp -r /src/LICENSE /src/licenses "$app"
 
 echo "root:x:0:0:root:/:/usr/sbin/nologin

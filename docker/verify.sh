@@ -20,8 +20,9 @@ if [ "$BACKEND" = cuda ]; then
     cp /usr/local/cuda/lib/stubs/libcuda.so "$root/tmp/libcuda.so.1"
 fi
 
-for program in probe llama-server llama-bench llama-batched-bench llama-fit-params; do
-    load --list "/app/$program" > /dev/null || fail "$program misses a library"
+# As root: the health check may be run, not read.
+for program in probe confine llama-server llama-bench llama-batched-bench llama-fit-params; do
+    LD_LIBRARY_PATH=/tmp chroot "$root" "/$loader" --list "/app/$program" > /dev/null || fail "$program misses a library"
 done
 
 # All symbols at once, or a missing one would show when the first model is loaded.

@@ -37,6 +37,7 @@ _INIT_LIMIT_S = 10
 _LABEL = "glm.engine.build"
 _BOOTSTRAPPED = "glm-base:trixie"
 _MARGIN_BYTES = 1 << 30
+_CONFINE = "/app/confine"  # the image's entry point, which runs what follows
 
 
 class NoEngineError(StackError):
@@ -116,14 +117,20 @@ class Docker:
         )
 
     def built(self, service: Service) -> bool:
-        """Return whether the service's image is there, of the pinned engine and for its GPU."""
+        """Return whether the service's image is there, of the pinned engine and for its GPU.
+
+        One from before servers were confined is not.
+        """
         engine, labels = self.project.engine, self.image_labels(service)
         wanted = {
             "org.opencontainers.image.revision": engine.commit,
             _LABEL: str(engine.build),
             "glm.cuda.archs": service.build_args.get("CUDA_ARCH", ""),
         }
-        return all(labels.get(name) == value for name, value in wanted.items())
+        if not all(labels.get(name) == value for name, value in wanted.items()):
+            return False
+        config = self.client.images.get(service.image).attrs["Config"]
+        return bool(config["Entrypoint"][0] == _CONFINE)
 
     def image_labels(self, service: Service) -> dict[str, str]:
         """Return the labels of the service's image; empty when there is no image."""
@@ -235,7 +242,7 @@ class Docker:
         """Return the command that serves the image of `include_model`: it mounts only the key."""
         key = Path(service.environment["LLAMA_ARG_API_KEY_FILE"])
         return [
-            *("docker", "run", "--detach", "--init", "--read-only", "--tmpfs=/tmp:noexec"),
+            *("docker", "run", "--detach", "--read-only", "--tmpfs=/tmp:noexec"),
             *("--cap-drop=ALL", "--security-opt=no-new-privileges", f"--user={service.uid}"),
             *(f"--gpus=device={gpu}" for gpu in service.gpus),
             f"--publish={service.bind}:{service.port or ''}:{service.target_port}",
@@ -323,10 +330,13 @@ class Docker:
 
         """
         container = f"{self.project.name}-{service.name}-tool"
-        argv = ["--no-deps", "-T", "--name", container, "--entrypoint", f"/app/{name}"]
+        argv = ["--no-deps", "-T", "--name", container, "--entrypoint", _CONFINE]
         try:
             self._remove(container)
-            return self.compose("run", *argv, service.name, *arguments, timeout_s=timeout_s)
+            program = self.program(service, name)
+            return self.compose(
+                "run", *argv, service.name, program, *arguments, timeout_s=timeout_s
+            )
         finally:  # Compose leaves it running when it is interrupted, and its network in any case
             self._remove(container)
             run(["docker", "network", "rm", f"{self.project.name}_default"])  # unless it is in use

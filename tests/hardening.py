@@ -67,6 +67,8 @@ class Seen:
     """The same as `docker compose config` prints them."""
     look: Mapping[str, list[str]]
     """What LOOK printed, by its sections."""
+    probes: tuple[bool, bool]
+    """Whether the health check connects to the server, by itself and under the server's filter."""
     files: tuple[tarfile.TarInfo, ...]
     """The container's own files, without what is mounted."""
 
@@ -86,6 +88,7 @@ def see(docker: Docker, service: Service, container: Container) -> Seen:
             name: text.splitlines()
             for name, text in zip(sections[::2], sections[1::2], strict=True)
         },
+        probes=(connects(container), connects(container, "/app/confine")),
         files=files(container),
     )
 
@@ -127,6 +130,12 @@ def _configured(docker: Docker, service: Service) -> dict[str, str]:
         "nofile": str(raw["ulimits"]["nofile"]),
         "core": str(raw["ulimits"]["core"] or 0),  # Compose prints {} for 0
     }
+
+
+def connects(container: Container, *confined: str) -> bool:
+    """Return whether the health check can open a connection, whatever the answer is."""
+    _, said = container.exec_run([*confined, "/app/probe"])
+    return b"nothing listens" not in said and b"no socket" not in said
 
 
 def files(container: Container) -> tuple[tarfile.TarInfo, ...]:
@@ -174,6 +183,11 @@ def privileges(seen: Seen) -> Complaints:
 def seccomp(seen: Seen) -> Complaints:
     if seen.status["Seccomp"] != "2":
         yield "no filter of system calls"
+    # Docker's and that of docker/confine.c; kernels before 5.9 do not tell how many.
+    elif int(seen.status.get("Seccomp_filters", "2")) < 2:
+        yield "no filter of its own"
+    if seen.probes != (True, False):
+        yield f"(without, with) the filter the health check connects: {seen.probes}"
 
 
 def mounts(seen: Seen) -> Complaints:

@@ -6,33 +6,46 @@ container fails.
 
 import copy
 import io
+import json
+import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from docker.models.containers import Container
 
+from stack import config, keys, runtime
 from stack.compose import Docker
 from stack.config import Service
+from stack.host import run
 from stack.runtime import Runtime
 from stack.server import Server
+from tests import workspace
 from tests.hardening import CHECKS, Insecure, Seen, see
+from tests.outside import PORT, Outside, outside
+from tests.workspace import ROOT
 
 DOCKER_SOCKET = {"Type": "bind", "Source": "/var/run/docker.sock", "Target": "/docker.sock"}
 UNLIMITED = {"PidsLimit": 0, "Memory": 0, "MemorySwap": 0, "Ulimits": []}
-ROOT = {"User": "0:0"}
+BY_ROOT = {"User": "0:0"}
 KEY = ["DAC_READ_SEARCH"]  # what root needs to read the key
 TMP = "/tmp"  # noqa: S108  # the container's
 INSECURE = {
-    "root": Insecure(("user",), config=ROOT, host={"CapAdd": KEY}),
+    "root": Insecure(("user",), config=BY_ROOT, host={"CapAdd": KEY}),
     "root-group": Insecure(("user",), host={"GroupAdd": ["0"]}),
     "capability": Insecure(("capabilities",), host={"CapAdd": ["NET_ADMIN"]}),
-    "setuid-may-gain": Insecure(("privileges",), host={"SecurityOpt": None}),
+    "setuid-may-gain": Insecure(
+        ("privileges",), config={"Entrypoint": ["/app/llama-server"]}, host={"SecurityOpt": None}
+    ),
     "no-seccomp": Insecure(("seccomp",), host={"SecurityOpt": ["seccomp=unconfined"]}),
+    "unconfined": Insecure(("seccomp",), config={"Entrypoint": ["/app/llama-server"]}),
     "writable-root": Insecure(("mounts",), host={"ReadonlyRootfs": False}),
     "writable-root-of-root": Insecure(
         ("mounts", "written", "executed"),
-        config=ROOT,
+        config=BY_ROOT,
         host={"CapAdd": KEY, "ReadonlyRootfs": False},
     ),
     "tmpfs-runs": Insecure(("executed",), host={"Tmpfs": {TMP: "rw,exec"}}),
@@ -134,3 +147,79 @@ def test_insecure_twin_does_not(
 
 def test_every_check_has_a_twin_that_fails_it() -> None:
     assert {name for twin in INSECURE.values() for name in twin.fails} == set(CHECKS)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Outside]:
+    with outside() as there:
+        yield there
+
+
+@pytest.fixture(scope="module")
+def confine(container: Container, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's launcher, to run other programs under its filter."""
+    stream, _ = container.get_archive("/app/confine")
+    folder = tmp_path_factory.mktemp("confine")
+    with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "confine"
+
+
+def calls(there: Outside, *confined: Path) -> dict[str, str]:
+    argv = [sys.executable, "-m", "tests.calls", there.address, str(PORT)]
+    done = run([*confined, *argv], cwd=ROOT)
+    ways: dict[str, str] = json.loads(done.stdout)
+    return ways
+
+
+def test_no_way_out_passes_the_servers_filter(confine: Path, world: Outside) -> None:
+    assert set(calls(world, confine).values()) == {"EPERM"}
+
+
+def test_ways_out_are_open_without_the_filter(world: Outside) -> None:
+    ways = calls(world)
+
+    assert (ways["tcp"], ways["udp"], ways["fast-open"]) == ("ok", "ok", "ok")
+    assert "EPERM" not in ways.values()
+
+
+def reaches(docker: Docker, service: Service, there: Outside) -> bool:
+    """Return whether a container on the server's network, with no filter, gets an answer."""
+    connect = f"exec 3<>/dev/tcp/{there.address}/{PORT}"
+    return docker.sibling(service, "timeout", "3", "bash", "-c", connect).status == 0
+
+
+def test_network_of_the_server_has_no_way_out(
+    engine: Runtime, server: Server, world: Outside
+) -> None:
+    assert not reaches(in_docker(engine), server.service, world)
+
+
+def test_an_ordinary_network_has_one(engine: Runtime, service: Service, world: Outside) -> None:
+    docker = in_docker(engine)
+    other = Docker(replace(docker.project, name=f"{docker.project.name}-open"))
+    network = docker.client.networks.create(f"{other.project.name}_default")
+    try:
+        assert reaches(other, service, world)
+    finally:
+        network.remove()
+
+
+def test_server_published_on_a_network_answers_its_hosts(
+    engine: Runtime, runnable: Service, world: Outside, tmp_path: Path
+) -> None:
+    in_docker(engine)
+    folder = workspace.make(tmp_path, GLM_BIND=world.here)
+    project = config.load(folder, overrides={f"GLM_{runnable.quant.upper()}_PORT": ""})
+    service = project.service(runnable.quant)
+    keys.make(service)
+    with runtime.serving(Docker(project), project, service) as up:
+        url = f"{up.server.url}/v1/models"
+        assert world.fetch(url, key=up.server.key) == "200"
+        assert world.fetch(url, key="wrong") == "401"
+
+
+def test_server_published_on_loopback_does_not(server: Server, world: Outside) -> None:
+    port = urlsplit(server.url).port
+
+    assert world.fetch(f"http://{world.here}:{port}/health", key="") == ""
