@@ -390,7 +390,9 @@ class Docker:
 
         """
         self.compose("up", "--detach", "--no-build", "--force-recreate", service.name)
+        return self._begun(service, key=key)
 
+    def _begun(self, service: Service, *, key: str) -> Server:
         def begun() -> Server | None:
             server = self.find(service, key=key)
             if server is None:
@@ -403,6 +405,11 @@ class Docker:
 
         # Its init is there a moment before the server is.
         return wait_until(begun, timeout_s=_INIT_LIMIT_S, what=f"{service.name} has no process")
+
+    def restart(self, service: Service, *, key: str) -> Server:
+        """Restart the service's server, as it was started, so that it reads its key file anew."""
+        self.compose("restart", service.name)
+        return self._begun(service, key=key)
 
     def find(self, service: Service, *, key: str) -> Server | None:
         """Return the service's server, running or ended; None when it has no container."""

@@ -21,9 +21,26 @@ def make(service: Service) -> Path:
     the caller (GLM_UID).
     """
     if not service.key_file.exists():
-        owner = service.uid if os.getuid() == 0 else None
-        write_atomic(service.key_file, secrets.token_hex(32) + "\n", mode=0o600, owner=owner)
+        _write(service, [secrets.token_hex(32)])
     return service.key_file
+
+
+def rotate(service: Service) -> None:
+    """Put a new key first; those before it stay valid. Raises as `read`."""
+    _write(service, [secrets.token_hex(32), *_keys(service)])
+
+
+def retire(service: Service) -> int:
+    """Drop every key but the first; return how many. Raises as `read`."""
+    first, *others = _keys(service)
+    _write(service, [first])
+    return len(others)
+
+
+def _write(service: Service, keys: list[str]) -> None:
+    owner = service.uid if os.getuid() == 0 else None
+    text = "".join(f"{key}\n" for key in keys)
+    write_atomic(service.key_file, text, mode=0o600, owner=owner)
 
 
 def read(service: Service) -> str:
@@ -34,6 +51,10 @@ def read(service: Service) -> str:
             server's user cannot read.
 
     """
+    return _keys(service)[0]
+
+
+def _keys(service: Service) -> list[str]:
     path = service.key_file
     try:
         raw = path.read_bytes().decode("ascii")
@@ -54,7 +75,7 @@ def read(service: Service) -> str:
             f"chown {service.uid} {path}",
             Code.USAGE,
         )
-    return keys[0]
+    return keys
 
 
 def require(service: Service, *, first_start: bool) -> str:

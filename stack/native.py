@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from stack.config import Project, Service
@@ -171,14 +171,27 @@ class Native:
             StackError: LOAD, when it ends before it listens.
 
         """
-        settings = _settings(service)
+        return self._start(service, _settings(service), key=key)
+
+    def restart(self, service: Service, *, key: str) -> Server:
+        """Restart the service's server, as it was started, so that it reads its key file anew.
+
+        Raises:
+            StackError: LOAD, when it ends before it listens.
+
+        """
+        settings = json.loads(self._record_file(service).read_text())["settings"]
+        self.stop(service)
+        return self._start(service, settings, key=key)
+
+    def _start(self, service: Service, settings: Mapping[str, str], *, key: str) -> Server:
         self._folder.mkdir(parents=True, exist_ok=True)
         # The record first: a server without one would be nobody's.
         record = {"bind": service.bind, "settings": settings}
         write_atomic(self._record_file(service), json.dumps(record, indent=1))
         spawn(
             [self.program(service, "llama-server")],
-            env=_inherited() | settings,
+            env={**_inherited(), **settings},
             log=self._log_file(service),
             pid_file=self._pid_file(service),
         )

@@ -59,6 +59,9 @@ class Runtime(Protocol):
     def start(self, service: Service, *, key: str) -> Server:
         """Start the service, replacing what is left of an earlier one."""
 
+    def restart(self, service: Service, *, key: str) -> Server:
+        """Restart the service's server, with the settings that it was started with."""
+
     def find(self, service: Service, *, key: str) -> Server | None:
         """Return the service's server, running or ended; None where there is nothing of it."""
 

@@ -108,10 +108,13 @@ def model(_: Context, quant: list[str], stand_in: bool = False) -> None:
 
 
 @task
-def key(_: Context, quant: list[str]) -> None:
-    """Make the API key where there is none, and say where it is."""
-    from stack import host, keys
+def key(_: Context, quant: list[str], rotate: bool = False, retire: bool = False) -> None:
+    """Make the API key where there is none, and say where it is; or change it."""
+    from stack import host, keys, rotation
+    from stack.errors import Code, StackError
 
+    if rotate and retire:
+        raise StackError("--rotate and --retire exclude each other.", "Give one.", Code.USAGE)
     project = read_project()
     for service in select(project, quant):
         if not service.key_file.exists():
@@ -119,3 +122,18 @@ def key(_: Context, quant: list[str]) -> None:
         keys.make(service)
         keys.read(service)
         print(service.key_file)
+        if not rotate and not retire:
+            continue
+        with host.lock(project.state, verb="key"):
+            dropped, restarted = (
+                (0, rotation.rotate(project, service))
+                if rotate
+                else rotation.retire(project, service)
+            )
+        for server in restarted:
+            print(f"{server.service.name} ({server.runtime}) was restarted and generates.")
+        if rotate:
+            print("A new key is first in the file; the old one opens too, until")
+            print("  uv run invoke key --retire")
+        else:
+            print(f"{dropped} old keys no longer open." if dropped else "There was no old key.")

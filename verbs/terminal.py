@@ -52,6 +52,8 @@ HELP = {
     "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
     "rate": "requests a second, in place of --clients: 0.5,1,2",
     "repeat": "runs of each load, in random order",
+    "retire": "leave only the newest key valid, and restart what runs",
+    "rotate": "put a new key before the old ones, which stay valid, and restart what runs",
     "seed": "of lengths, arrivals and the order of runs",
     "shared": "tokens of the common prefix",
     "slo": "the target: ttft=500,tpot=30 (ms), and share=0.95",

@@ -1,7 +1,11 @@
 """The server is reachable where it should be, by whom it should be, and nowhere else."""
 
+import contextlib
 import ipaddress
 import json
+import secrets
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,7 +17,7 @@ from bench import answers
 from bench.questions import Turn
 from stack import client, config, host, keys, runtime
 from stack.compose import Docker
-from stack.config import Service
+from stack.config import Project, Service
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
@@ -63,9 +67,169 @@ def test_health_needs_no_key(server: Server) -> None:
     assert call(server, "/health", key="").status_code == httpx.codes.OK
 
 
-@pytest.mark.parametrize("path", ["/", "/slots"])
-def test_unasked_routes_are_off(server: Server, path: str) -> None:
-    assert call(server, path, key=server.key).is_error
+# Header lines, of which {key} is the right key.
+STRANGERS = {
+    "a part of it": "Authorization: Bearer {key:.63}",
+    "more than it": "Authorization: Bearer {key}0",
+    "empty": "Authorization: Bearer ",
+    "7,000 long": f"Authorization: Bearer {'a' * 7000}",
+    "another scheme": "Authorization: Basic {key}",
+    "a cookie": "Cookie: api_key={key}",
+    "another's header": "X-Api-Key: wrong",
+}
+
+
+def raw(server: Server, header: str, target: str = "/v1/models") -> tuple[str, bytes]:
+    """Send a request as it stands; return the status and the body."""
+    where = urlsplit(server.url)
+    head = f"GET {target} HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n{header}\r\n\r\n"
+    with socket.create_connection((where.hostname, where.port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        connection.shutdown(socket.SHUT_WR)
+        reply = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    status, _, rest = reply.partition(b"\r\n")
+    return status.split()[1].decode(), rest.partition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize("header", STRANGERS.values(), ids=STRANGERS)
+def test_strangers_are_told_the_same_in_few_words(server: Server, header: str) -> None:
+    told = raw(server, header.format(key=server.key))
+
+    assert told == raw(server, "Accept: */*")
+    assert told[0] == "401"
+    assert len(told[1]) < 200
+
+
+def test_key_in_the_address_opens_nothing(server: Server) -> None:
+    assert raw(server, "Accept: */*", f"/v1/models?api_key={server.key}")[0] == "401"
+
+
+@pytest.mark.parametrize("end", ["\n", "\n ", "\0", "\r"], ids=repr)
+def test_key_with_a_line_break_is_no_request(server: Server, end: str) -> None:
+    assert raw(server, f"Authorization: Bearer {server.key}{end}") == ("400", b"")
+
+
+def test_key_longer_than_a_header_may_be_is_no_request(server: Server) -> None:
+    status, _ = raw(server, f"Authorization: Bearer {'a' * 65000}")
+
+    assert status == "400"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/"),
+        ("GET", "/slots"),
+        ("POST", "/slots/0?action=save"),
+        ("POST", "/props"),
+        ("POST", "/models"),
+        ("DELETE", "/models"),
+        ("POST", "/models/load"),
+        ("POST", "/models/unload"),
+        ("GET", "/tools"),
+        ("POST", "/tools"),
+        ("GET", "/cors-proxy?url=http://127.0.0.1/"),
+    ],
+)
+def test_unasked_routes_are_off(server: Server, method: str, path: str) -> None:
+    with client.session(server) as session:
+        answer = session.request(method, path, json={} if method == "POST" else None)
+
+    assert answer.status_code in (403, 404, 501)
+
+
+FOREIGN = ("http://evil.example", "http://localhost.evil.example", "null")
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_page_of_another_origin_may_not_read_answers(
+    server: Server, method: str, origin: str
+) -> None:
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    with client.session(server) as session:
+        answer = session.request(method, "/v1/models", headers=headers)
+
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_page_of_this_host_may(server: Server) -> None:
+    origin = "http://localhost:3000"
+    with client.session(server) as session:
+        answer = session.get("/v1/models", headers={"Origin": origin})
+
+    assert answer.headers["Access-Control-Allow-Origin"] == origin
+
+
+def places(server: Server, project: Project, engine: Runtime) -> Iterator[tuple[str, str]]:
+    """Yield what others may see of a running server, by where they see it."""
+    yield "its log", server.logs(100_000)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield str(path), path.read_bytes().decode(errors="replace")
+    for process in server.processes:
+        path = Path(f"/proc/{process.pid}/environ")
+        yield str(path), path.read_bytes().decode(errors="replace")
+    for path in project.state.rglob("*"):
+        if path.is_file() and path != server.service.key_file:
+            yield str(path), path.read_bytes().decode(errors="replace")
+    if isinstance(engine, Docker) and (container := engine.container(server.service)):
+        yield "docker inspect", json.dumps(container.attrs)
+        yield "docker history", json.dumps(container.image.history() if container.image else "")
+
+
+def showing(server: Server, project: Project, engine: Runtime, secret: str) -> list[str]:
+    """Return where a secret can be seen by who looks at a running server."""
+    return [where for where, text in places(server, project, engine) if secret in text]
+
+
+def test_key_shows_nowhere(server: Server, project: Project, engine: Runtime) -> None:
+    call(server, "/v1/models", key=server.key)
+    call(server, "/v1/chat/completions", key=server.key)
+
+    assert showing(server, project, engine, server.key) == []
+
+
+def test_key_on_a_command_line_would_show(
+    server: Server, project: Project, engine: Runtime
+) -> None:
+    key = secrets.token_hex(32)
+    with subprocess.Popen(["sh", "-c", "sleep 60; exit", key]) as process:
+        found = showing(server, project, engine, key)
+        process.kill()
+
+    assert found == [f"/proc/{process.pid}/cmdline"]
+
+
+def opened(server: Server, *given: str) -> list[bool]:
+    """Return which of some keys open the server."""
+    return [call(server, "/v1/models", key=key).status_code == httpx.codes.OK for key in given]
+
+
+def test_key_is_changed_while_both_open(runnable: Service, engine: Runtime, tmp_path: Path) -> None:
+    port = {f"GLM_{runnable.quant.upper()}_PORT": str(workspace.free_port())}
+    folder = workspace.make(tmp_path, **port)
+    project = config.load(folder)
+    service = project.service(runnable.quant)
+    keys.make(service)
+    old = keys.read(service)
+    with runtime.serving(runtime.choose(project, want=engine.name), project, service) as up:
+        keys.rotate(service)
+        new = keys.read(service)
+        assert opened(up.server, old, new) == [True, False]  # it reads the file at its start alone
+
+        assert cli(folder, "key", "--quant", service.quant, "--rotate").status == 0
+        newest = keys.read(service)
+        assert opened(up.server, old, new, newest) == [True, True, True]
+
+        assert "2 old keys" in cli(folder, "key", "--quant", service.quant, "--retire").stdout
+        assert opened(up.server, old, new, newest) == [False, False, True]
+
+
+def cli(folder: Path, *arguments: str) -> host.Result:
+    with workspace.invoke(folder, *arguments) as process:
+        out, err = process.communicate(timeout=120)
+        return host.Result(process.returncode, out, err)
 
 
 def test_listens_on_the_asked_address_alone(server: Server, port: int) -> None:

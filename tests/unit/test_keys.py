@@ -93,3 +93,27 @@ def test_publishing_without_a_key_is_refused(service: Service) -> None:
 def test_configured_key_file_that_is_missing_is_refused(service: Service) -> None:
     with pytest.raises(StackError, match="no API key"):
         keys.require(service, first_start=False)
+
+
+def test_new_key_comes_first_and_the_old_ones_stay_until_retired(service: Service) -> None:
+    keys.make(service)
+    old = keys.read(service)
+
+    keys.rotate(service)
+
+    new = keys.read(service)
+    assert service.key_file.read_text() == f"{new}\n{old}\n"
+    assert (new != old, len(bytes.fromhex(new))) == (True, 32)
+    assert (keys.retire(service), keys.retire(service)) == (1, 0)
+    assert service.key_file.read_text() == f"{new}\n"
+    assert service.key_file.stat().st_mode & 0o777 == 0o600
+    assert service.key_file.stat().st_uid == service.uid
+
+
+def test_unusable_key_is_not_rotated(service: Service) -> None:
+    write(service, b"key \n")
+
+    with pytest.raises(StackError, match="has a blank"):
+        keys.rotate(service)
+
+    assert service.key_file.read_bytes() == b"key \n"
