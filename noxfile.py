@@ -110,6 +110,12 @@ def requests(session: nox.Session) -> None:
 
 
 @nox.session
+def update(session: nox.Session) -> None:
+    """Check that an engine is moved only once proved, and back; a bad one changes nothing."""
+    _pytest(session, "tests/checks/test_update.py", *session.posargs)
+
+
+@nox.session
 def summary(session: nox.Session) -> None:
     """Show what passed, and what was skipped and why."""
     _run(session, "python", "-m", "tests.summary", str(RESULTS))

@@ -142,6 +142,29 @@ class Docker:
             return {}
         return labels
 
+    def image_id(self, name: str) -> str | None:
+        """Return the id of an image; None where there is none of that name."""
+        import docker  # noqa: PLC0415
+
+        try:
+            return str(self.client.images.get(name).id)
+        except docker.errors.ImageNotFound:
+            return None
+
+    def name_image(self, image: str, name: str) -> None:
+        """Give an image, by its id or name, another name. Raises StackError HOST."""
+        done = run(["docker", "tag", image, name], timeout_s=60)
+        if done.status:
+            raise StackError(
+                f"{name} cannot be made of {image}: {reason(done)}",
+                "See `docker images`, then try again.",
+                Code.HOST,
+            )
+
+    def drop_image(self, name: str) -> None:
+        """Remove an image's name, and the image where it has no other; one in use stays."""
+        run(["docker", "image", "rm", name], timeout_s=60)
+
     def build(self, service: Service, *, source: Path) -> None:
         """Build the service's image with the engine's source in `source`.
 

@@ -5,6 +5,7 @@ It enumerates no quants and no settings: services and `x-models` give the former
 """
 
 import ipaddress
+import json
 import logging
 import os
 import re
@@ -21,8 +22,10 @@ from stack.errors import Code, StackError
 Settings = Mapping[str, str]
 
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<name>\w+)(?:(?P<op>:?-)(?P<default>[^}]*))?\})")
-# Set by a build itself; no settings of a user's.
-INTERNAL = ("GLM_CREATED",)
+# Set by a build or an update itself; no settings of a user's.
+ENGINE = ("GLM_ENGINE_COMMIT", "GLM_ENGINE_BUILD")
+INTERNAL = ("GLM_CREATED", "GLM_ENGINE_TAG", *ENGINE)
+ENGINE_RECORD = Path(".state") / "engine.json"
 _CONTAINER_UID = 10001
 _log = logging.getLogger(__name__)
 
@@ -131,6 +134,7 @@ class Project:
     default: str
     services: Mapping[str, Service]
     """By quant."""
+    state_folder: str = ".state"
 
     def service(self, quant: str) -> Service:
         """Return a quant's service.
@@ -150,7 +154,7 @@ class Project:
     @property
     def state(self) -> Path:
         """The folder of keys, locks, logs and records."""
-        return self.root / ".state"
+        return self.root / self.state_folder
 
     @property
     def cache(self) -> Path:
@@ -191,9 +195,46 @@ def load(
         if exported[key] != in_file[key]:
             _log.warning("%s is exported, but .env wins: %s=%s.", key, key, in_file[key])
     settings = {"GLM_UID": str(os.getuid() or _CONTAINER_UID)}
+    settings |= _moved_engine(root, interpolate(raw.get("x-engine", {}), {}).get("commit"))
     for layer in (exported, in_file, given, overrides):
         settings.update(layer or {})
     return project(root, interpolate(raw, settings), settings=settings)
+
+
+def pinned(root: Path) -> Engine:
+    """Return the engine that compose.yaml pins, whatever is current."""
+    raw = yaml.safe_load((root / "compose.yaml").read_text())
+    return _engine(interpolate(raw["x-engine"], {}))
+
+
+def _engine(raw: Mapping[str, str]) -> Engine:
+    return Engine(raw["repository"], raw["commit"], int(raw["build"]))
+
+
+def _moved_engine(root: Path, pin: str | None) -> dict[str, str]:
+    """Return the settings of the engine that an update made current, unless the pin moved since.
+
+    Raises:
+        StackError: USAGE, for a record that cannot be read.
+
+    """
+    path = root / ENGINE_RECORD
+    try:
+        record = json.loads(path.read_text())
+        current = record["current"]
+        moved = dict(zip(ENGINE, (str(current["commit"]), str(int(current["build"]))), strict=True))
+        if record["pin"] == pin:
+            return moved
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StackError(
+            f"{path} is no record of an engine.",
+            "Move it away: the engine that compose.yaml pins is current then.",
+            Code.USAGE,
+        ) from error
+    _log.warning("compose.yaml pins another engine since the last update; the pin counts.")
+    return {}
 
 
 def stand_ins(project: Project) -> dict[str, str]:
@@ -299,13 +340,12 @@ def project(root: Path, document: dict[str, Any], *, settings: Settings) -> Proj
 
     """
     secrets = {key: root / item["file"] for key, item in document["secrets"].items()}
-    engine = document["x-engine"]
     try:
         return Project(
             root=root,
             name=document["name"],
             settings=settings,
-            engine=Engine(engine["repository"], engine["commit"], int(engine["build"])),
+            engine=_engine(document["x-engine"]),
             default=document["x-default"],
             services={
                 quant: _service(quant, model, document["services"][f"glm-{quant}"], root, secrets)

@@ -60,6 +60,7 @@ HELP = {
     "slots": "requests at the same time, in place of GLM_SLOTS",
     "stand-in": "use random weights of the model's full shape, made here, instead of its file",
     "sweep": "double the clients from 1 until the knee is behind",
+    "to": "a folder with llama.cpp, a release of its PyPI archive (0.3.36), or a ref of its git",
     "tokens": "the most tokens to answer with",
     "turns": "turns of a conversation",
     "update": "move the lock to the newest commit of the repository",

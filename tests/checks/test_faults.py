@@ -342,12 +342,12 @@ def test_interrupted_stand_in_leaves_nothing(deployment: Deployment) -> None:
 
 def test_interrupted_build_leaves_the_old_engine(deployment: Deployment) -> None:
     deployment.set(GLM_ENGINE_SOURCE=engine.source(deployment.project))
-    build = f'"{deployment.project.engine.build}"'
+    build = f":-{deployment.project.engine.build}}}"
     compose = deployment.folder / "compose.yaml"
     text = compose.read_text()
     compose.unlink()
     other = str(10**6 + secrets.randbelow(10**6))  # one that no cache has
-    compose.write_text(text.replace(build, f'"{other}"'))
+    compose.write_text(text.replace(build, f":-{other}}}"))
     (deployment.folder / ".cache").unlink()
     before = image_id(deployment)
     process = deployment.start("build", deployment.flag)

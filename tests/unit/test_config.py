@@ -163,3 +163,30 @@ def test_env_example_shows_each_setting_with_its_default() -> None:
     shown = dict(line.removeprefix("#").split("=", 1) for line in lines if line.startswith("#GLM_"))
 
     assert shown == defaults
+
+
+def record(root: Path, **changed: object) -> None:
+    pin = config.pinned(root)
+    moved = {"pin": pin.commit, "current": {"commit": "folderabc", "build": 12345}} | changed
+    host.write_atomic(root / config.ENGINE_RECORD, json.dumps(moved))
+
+
+def test_engine_is_the_one_that_an_update_made_current(tmp_path: Path) -> None:
+    root = workspace.make(tmp_path)
+    record(root)
+
+    project = config.load(root)
+
+    assert (project.engine.commit, project.engine.build) == ("folderabc", 12345)
+    assert project.service("q4").build_args["ENGINE_COMMIT"] == "folderabc"
+    assert config.pinned(root).commit != "folderabc"
+
+
+def test_moved_pin_wins_over_an_earlier_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = workspace.make(tmp_path)
+    record(root, pin="an earlier one")
+
+    assert config.load(root).engine == config.pinned(root)
+    assert "the pin counts" in caplog.text

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import re
 import tarfile
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from stack import config, engine, host
-from stack.config import Project
+from stack.config import Engine, Project
 from stack.errors import Code, StackError
 from tests import workspace
 
@@ -123,7 +124,7 @@ def changed(path: Path) -> None:
     ("commit", "spoil", "reason"),
     [
         ("0ther", Path.exists, "holds llama.cpp 0ther, compose.yaml pins c0ffee"),
-        ("c0ffee", changed, "not those that uv.lock has the hash of"),
+        ("c0ffee", changed, "not those of the hash"),
         ("c0ffee", Path.unlink, "404"),
     ],
     ids=["another-commit", "changed", "missing"],
@@ -144,6 +145,78 @@ def test_wrong_archive_is_refused_and_leaves_nothing(  # noqa: PLR0917  # all by
     assert caught.value.code == Code.BUILD
     files = {path.name for path in project.cache.rglob("*") if path.is_file()}
     assert files == {host.MARKER}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that looks like the engine's source."""
+    made = tmp_path / "llama.cpp"
+    for name, text in {**FILES, "tools/server/CMakeLists.txt": ""}.items():
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text(text)
+    return made
+
+
+def test_another_engine_from_a_folder_is_known_by_its_content(
+    project: Project, folder: Path
+) -> None:
+    first = engine.fetch(project, str(folder))
+    (folder / "models" / "big.gguf").write_text("no build needs it")
+    same = engine.fetch(project, str(folder))
+    (folder / "src" / "llama.cpp").write_text("// changed\n")
+    other = engine.fetch(project, str(folder))
+
+    assert first == same != other
+    assert first.build == project.engine.build
+    kept = engine.source(dataclasses.replace(project, engine=first))
+    assert (kept / "src" / "llama.cpp").read_text() == FILES["src/llama.cpp"]
+    assert not (kept / "models").exists()
+
+
+def test_another_engine_from_a_ref_of_git(project: Project, folder: Path) -> None:
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message=x")
+    git(folder, "tag", "b12345")
+    here = pinned(project, repository=f"file://{folder}", commit="none")
+
+    found = engine.fetch(here, "b12345")
+
+    assert found == Engine(f"file://{folder}", git(folder, "rev-parse", "HEAD"), 12345)
+    assert (engine.source(dataclasses.replace(project, engine=found)) / "CMakeLists.txt").exists()
+    with pytest.raises(StackError, match="b99999 cannot be had") as caught:
+        engine.fetch(here, "b99999")
+    assert caught.value.code == Code.BUILD
+
+
+def test_another_engine_from_a_release(
+    project: Project, tmp_path: Path, pypi: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = lock_archive(project, tmp_path, pypi, commit="c0ffee")
+    listed = {
+        "filename": "llama_cpp_python-9.9.9.tar.gz",
+        "url": f"../{archive.name}",
+        "hashes": {"sha256": hashlib.sha256(archive.read_bytes()).hexdigest()},
+    }
+    index = tmp_path / "simple" / "index.html"
+    index.parent.mkdir()
+    index.write_text(json.dumps({"files": [listed]}))
+    monkeypatch.setattr(engine, "_INDEX", f"{pypi}/simple/")
+
+    found = engine.fetch(project, "9.9.9")
+
+    assert (found.commit, found.build) == ("c0ffee", project.engine.build)
+    with pytest.raises(StackError, match=r"Release 9\.9\.8 cannot be had"):
+        engine.fetch(project, "9.9.8")
+    archive.write_bytes(archive.read_bytes() + b"\0")
+    with pytest.raises(StackError, match="not those of the hash"):
+        engine.fetch(project, "9.9.9")
+
+
+@pytest.mark.parametrize("wanted", ["./nowhere", "/"])
+def test_folder_without_the_engine_is_no_engine(project: Project, wanted: str) -> None:
+    with pytest.raises(StackError, match=r"holds no llama\.cpp"):
+        engine.fetch(project, wanted)
 
 
 def test_given_folder_is_taken_as_it_is(project: Project) -> None:
