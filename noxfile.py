@@ -68,6 +68,12 @@ def hardening(session: nox.Session) -> None:
 
 
 @nox.session
+def gateway(session: nox.Session) -> None:
+    """Check what the gateway lets through, to the byte, and what it keeps from the server."""
+    _pytest(session, "tests/checks/test_gateway.py", *session.posargs)
+
+
+@nox.session
 def vram(session: nox.Session) -> None:
     """Measure GPU memory from start to stop, and hold it against plan and budget."""
     _pytest(session, "tests/checks/test_vram.py", *session.posargs)

@@ -50,7 +50,7 @@ class Calibration:
     """Why the generator cannot be trusted here; None where it can."""
 
 
-class _Truth(NamedTuple):
+class Truth(NamedTuple):
     """How far the records of one request are from what the server says of it."""
 
     receive_ns: Sequence[int]
@@ -72,11 +72,11 @@ def calibrate(streams: int, *, itl_ms: float, tokens: int = 128) -> Calibration:
     with stamping(), reference.serving(ttft_ms=_TTFT_MS, itl_ms=itl_ms) as url:
         words = prompts.vocabulary([(" word", 1)], 0)
         run = drive(url, "", load, words, tap=lambda *each: raw.append(each))
-    truths = [_compare(record, exchange) for record, exchange in raw if record.reads]
+    truths = [compare(record, exchange) for record, exchange in raw if record.reads]
     return _judge(run, truths, itl_ms=itl_ms)
 
 
-def _compare(record: Record, exchange: Exchange) -> _Truth:
+def compare(record: Record, exchange: Exchange) -> Truth:
     """Hold the stamps of a request's tokens against the times at which they were sent."""
     body = b"".join(piece for _, piece in exchange.pieces)
     ends = list(itertools.accumulate(len(piece) for _, piece in exchange.pieces))
@@ -88,10 +88,10 @@ def _compare(record: Record, exchange: Exchange) -> _Truth:
     came_ns = int(_RECEIVED.findall(body)[0])
     stamped_ns, sent_ns = tokens[0]
     ttft_ns = (stamped_ns - record.sent_ns) - (sent_ns - came_ns)
-    return _Truth([at_ns - sent_ns for at_ns, sent_ns in tokens], ttft_ns)
+    return Truth([at_ns - sent_ns for at_ns, sent_ns in tokens], ttft_ns)
 
 
-def _judge(run: Run, truths: Sequence[_Truth], *, itl_ms: float) -> Calibration:
+def _judge(run: Run, truths: Sequence[Truth], *, itl_ms: float) -> Calibration:
     receive_ns = sorted(error for truth in truths for error in truth.receive_ns)
     reads = [read for record in run.records for read in record.reads]
     if not receive_ns or not reads:

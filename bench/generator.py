@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from bench import prompts, sse
@@ -138,7 +139,14 @@ def run(server: Server, load: Load, *, watch: Watch | None = None) -> Run:
         vocabulary = prompts.learn(server)
         if load.prompt.low - load.shared < vocabulary.least:
             raise _senseless(f"A prompt has {vocabulary.least} tokens of its own at the least.")
-        return drive(server.url, server.key, load, vocabulary, watch=watch)
+        return drive(
+            server.url,
+            server.key,
+            load,
+            vocabulary,
+            watch=watch,
+            certificate=server.certificate,
+        )
 
 
 def drive(
@@ -149,13 +157,15 @@ def drive(
     *,
     watch: Watch | None = None,
     tap: Tap | None = None,
+    certificate: Path | None = None,
 ) -> Run:
     """Send a load to a URL with prompts of a vocabulary at hand; `tap` sees each raw exchange.
 
     Raises as `run`, but never VERIFY.
     """
     _allow_files(load.clients)
-    driver = _Driver(url, key, load, vocabulary, watch=watch, tap=tap)
+    endpoint = Endpoint(url, certificate)
+    driver = _Driver(endpoint, key, load, vocabulary, watch=watch, tap=tap)
     # A collection would hold the event loop up, and what a run makes is kept anyway.
     gc.disable()
     try:
@@ -296,7 +306,7 @@ class _Driver:
 
     def __init__(
         self,
-        url: str,
+        endpoint: Endpoint,
         key: str,
         load: Load,
         vocabulary: Vocabulary,
@@ -308,7 +318,7 @@ class _Driver:
         self.vocabulary = vocabulary
         self.watch = watch
         self.tap = tap
-        self.endpoint = Endpoint(url)
+        self.endpoint = endpoint
         self.clock = Clock()
         self.head = (
             f"POST {self.endpoint.path}/v1/chat/completions HTTP/1.1\r\n"

@@ -246,28 +246,30 @@ def _reply(sock: socket.socket, value: object) -> None:
 
 
 @contextlib.contextmanager
-def serving(*, ttft_ms: float = 200, itl_ms: float = 20) -> Iterator[str]:
-    """Serve in a process of its own while the context lasts; give its URL.
+def serving(*, ttft_ms: float = 200, itl_ms: float = 20, host: str = "127.0.0.1") -> Iterator[str]:
+    """Serve in a process of its own, on an address of this machine; give its URL.
 
     Raises:
         StackError: HOST where it does not start.
 
     """
     argv = [sys.executable, "-m", "bench.reference"]
-    argv += ["--ttft-ms", str(ttft_ms), "--itl-ms", str(itl_ms)]
+    argv += ["--host", host, "--ttft-ms", str(ttft_ms), "--itl-ms", str(itl_ms)]
     with tempfile.TemporaryDirectory() as name:
         pid_file, log = Path(name, "pid"), Path(name, "log")
         spawn(argv, env={**os.environ, "PYTHONPATH": str(_ROOT)}, log=log, pid_file=pid_file)
         process = wait_until(lambda: Process.read(pid_file), timeout_s=_START_S, what="no pid")
         try:
-            yield wait_until(lambda: _url(process, log), timeout_s=_START_S, what="not listening")
+            yield wait_until(
+                lambda: _url(host, process, log), timeout_s=_START_S, what="not listening"
+            )
         finally:
             process.signal_group(signal.SIGKILL)  # it has nothing to put in order
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(process.pid, 0)
 
 
-def _url(process: Process, log: Path) -> str | None:
+def _url(host: str, process: Process, log: Path) -> str | None:
     if not process.alive():
         raise StackError(
             f"The built-in server ended: {log.read_text().strip()[-300:]}",
@@ -275,17 +277,18 @@ def _url(process: Process, log: Path) -> str | None:
             Code.HOST,
         )
     port = listening_port(process.pid)
-    return f"http://127.0.0.1:{port}" if port else None
+    return f"http://{host}:{port}" if port else None
 
 
 def main() -> None:
     """Serve until ended, by a signal or with the parent process."""
     parser = argparse.ArgumentParser(description="Serve tokens at a known pace.")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0: one that is free")
     parser.add_argument("--ttft-ms", type=float, default=200, help="to the first token, at least")
     parser.add_argument("--itl-ms", type=float, default=20, help="between tokens: the grid")
     options = parser.parse_args()
-    with socket.create_server(("127.0.0.1", options.port), backlog=1024) as listener:
+    with socket.create_server((options.host, options.port), backlog=1024) as listener:
         listener.settimeout(0)
         reference = Reference(ttft_ms=options.ttft_ms, itl_ms=options.itl_ms)
         with contextlib.suppress(KeyboardInterrupt):

@@ -15,8 +15,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
+
+from stack.server import tls
 
 SO_TIMESTAMPNS: Final = 35 if sys.platform == "linux" and sys.maxsize > 2**32 else None
 """Linux's number, which Python has no name for; with it a stamp is two 64-bit words."""
@@ -104,13 +107,13 @@ class Exchange:
 class Endpoint:
     """Where a server listens. Its address is looked up once, and its one TLS context made once."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, certificate: Path | None = None) -> None:
         parts = urlsplit(url)
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.authority = parts.netloc.rpartition("@")[2]
         self.path = parts.path.rstrip("/")
-        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self.tls = tls(certificate) if parts.scheme == "https" else None
         self._addresses: list[tuple[int, Any]] = []
 
     async def connect(self) -> socket.socket:

@@ -1,7 +1,6 @@
 """Talks to a llama-server over HTTP."""
 
 import json
-import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,9 +10,10 @@ import httpx
 
 from stack.errors import Code, StackError
 from stack.host import Process
-from stack.server import Server
+from stack.server import Server, tls
 from stack.wait import StalledError, WaitTimeoutError, wait_until
 
+_tls = cache(tls)
 STALL_LIMIT_S = 120
 _GENERATE_LIMIT_S = 120
 
@@ -30,12 +30,6 @@ class Completion:
     finish: str
 
 
-@cache
-def _tls() -> ssl.SSLContext:
-    """Make the one TLS context: each costs 20 ms."""
-    return ssl.create_default_context()
-
-
 def session(server: Server, *, timeout_s: float = 10, key: str | None = None) -> httpx.Client:
     """Return a client bound to a server, with its key or another.
 
@@ -44,7 +38,11 @@ def session(server: Server, *, timeout_s: float = 10, key: str | None = None) ->
     key = server.key if key is None else key
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx.Client(
-        base_url=server.url, headers=headers, timeout=timeout_s, trust_env=False, verify=_tls()
+        base_url=server.url,
+        headers=headers,
+        timeout=timeout_s,
+        trust_env=False,
+        verify=_tls(server.certificate),
     )
 
 

@@ -12,12 +12,13 @@ import re
 import shutil
 import socket
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stack import gguf_header
-from stack.config import Project, Service, Settings
+from stack.config import GATEWAY, Project, Service, Settings
 from stack.errors import Code, StackError
 from stack.host import Process, Result, children, reason, run
 from stack.server import Server
@@ -38,6 +39,7 @@ _LABEL = "glm.engine.build"
 _BOOTSTRAPPED = "glm-base:trixie"
 _MARGIN_BYTES = 1 << 30
 _CONFINE = "/app/confine"  # the image's entry point, which runs what follows
+_GATEWAY_IMAGE = "glm-gateway"
 
 
 class NoEngineError(StackError):
@@ -49,9 +51,13 @@ class Docker:
 
     name = "docker"
 
-    def __init__(self, project: Project) -> None:
-        """Bind to a project; nothing is asked of Docker before the first call."""
+    def __init__(self, project: Project, *, extra: Sequence[Path] = ()) -> None:
+        """Bind to a project; nothing is asked of Docker before the first call.
+
+        `extra` Compose files go over its own.
+        """
         self.project = project
+        self._extra = extra
 
     @cached_property
     def client(self) -> "DockerClient":
@@ -106,6 +112,11 @@ class Docker:
             *("docker", "compose", "--project-name", self.project.name),
             *("--project-directory", str(self.project.root), "--env-file", os.devnull),
         ]
+        files = [self.project.root / "compose.yaml"]
+        # What was started with a gateway must be found, whatever the setting is now.
+        if self.project.gateway or arguments[0] in ("down", "logs", "restart"):
+            files.append(self.project.root / GATEWAY)
+        argv += [f"--file={file}" for file in (*files, *self._extra)]
         # Interrupted half-way, `up` would leave the engine to create a container later.
         patience_s = _UP_LIMIT_S if arguments[0] == "up" else 0
         return run(
@@ -176,7 +187,7 @@ class Docker:
         # A day's resolution, so that a second build the same day changes nothing.
         created = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT00:00:00Z")
         self.compose(
-            *("build", service.name),
+            *("build", *self._names(service)),
             show=2,
             settings={
                 "GLM_BASE": self._base(service),
@@ -185,6 +196,16 @@ class Docker:
                 "GLM_ENGINE_SOURCE": str(source),
             },
         )
+
+    def _names(self, service: Service) -> tuple[str, ...]:
+        """Return the Compose services that serve a quant."""
+        return (service.name, gateway(service)) if self.project.gateway else (service.name,)
+
+    def _ensure_gateway(self, service: Service) -> None:
+        """Build the gateway's image unless it is built. Raises StackError: BUILD."""
+        if self.project.gateway and not self.client.images.list(name=_GATEWAY_IMAGE):
+            settings = {"GLM_BASE": self._base(service)}
+            self.compose("build", gateway(service), show=2, settings=settings)
 
     @property
     def _ca_file(self) -> str:
@@ -362,7 +383,8 @@ class Docker:
             )
         finally:  # Compose leaves it running when it is interrupted, and its network in any case
             self._remove(container)
-            run(["docker", "network", "rm", f"{self.project.name}_default"])  # unless it is in use
+            for network in ("default", "inside"):  # unless it is in use
+                run(["docker", "network", "rm", f"{self.project.name}_{network}"])
 
     def _remove(self, container: str) -> None:
         run(["docker", "rm", "--force", container], timeout_s=60)
@@ -397,9 +419,16 @@ class Docker:
 
     def container(self, service: Service) -> "Container | None":
         """Return the service's container in this project, running or not."""
+        return self._container(service.name)
+
+    def gateway(self, service: Service) -> "Container | None":
+        """Return the container of the gateway before the service, running or not."""
+        return self._container(gateway(service))
+
+    def _container(self, name: str) -> "Container | None":
         labels = [
             f"com.docker.compose.project={self.project.name}",
-            f"com.docker.compose.service={service.name}",
+            f"com.docker.compose.service={name}",
             "com.docker.compose.oneoff=False",
         ]
         found = self.client.containers.list(all=True, filters={"label": labels})
@@ -409,51 +438,69 @@ class Docker:
         """Create and start the service's container.
 
         Raises:
-            StackError: HOST, PORT or LOAD, by what Docker says.
+            StackError: HOST, PORT or LOAD, by what Docker says; BUILD for its gateway's image.
 
         """
-        self.compose("up", "--detach", "--no-build", "--force-recreate", service.name)
+        self._ensure_gateway(service)
+        self.compose("up", "--detach", "--no-build", "--force-recreate", *self._names(service))
         return self._begun(service, key=key)
 
     def _begun(self, service: Service, *, key: str) -> Server:
         def begun() -> Server | None:
             server = self.find(service, key=key)
             if server is None:
-                raise StackError(
-                    f"{service.name} was started and its container is gone.",
-                    "Somebody else removes containers on this machine; try again.",
-                    Code.LOAD,
-                )
+                raise _gone(service.name)
             return server if server.processes or server.ended() else None
 
         # Its init is there a moment before the server is.
         return wait_until(begun, timeout_s=_INIT_LIMIT_S, what=f"{service.name} has no process")
 
     def restart(self, service: Service, *, key: str) -> Server:
-        """Restart the service's server, as it was started, so that it reads its key file anew."""
-        self.compose("restart", service.name)
+        """Restart the service's server, as it was started, so that it reads its key file anew.
+
+        Its gateway does, too.
+        """
+        self.compose("restart", *self._there(service))
         return self._begun(service, key=key)
+
+    def start_gateway(self, service: Service) -> "Container":
+        """Create and start the gateway alone, before whatever `SERVER` names.
+
+        Raises:
+            StackError: HOST, PORT, BUILD or LOAD, by what Docker says.
+
+        """
+        self._ensure_gateway(service)
+        self.compose("up", "--detach", "--no-build", gateway(service))
+        container = self.gateway(service)
+        if container is None:
+            raise _gone(gateway(service))
+        return container
 
     def find(self, service: Service, *, key: str) -> Server | None:
         """Return the service's server, running or ended; None when it has no container."""
         container = self.container(service)
         if container is None:
             return None
-        ports = container.attrs["NetworkSettings"]["Ports"] or {}
+        front = self.gateway(service)
+        ports = (front or container).attrs["NetworkSettings"]["Ports"] or {}
         published = ports.get(f"{service.target_port}/tcp") or [{}]
         port = published[0].get("HostPort", service.port)
         host = "127.0.0.1" if ipaddress.ip_address(service.bind).is_unspecified else service.bind
         init = container.attrs["State"]["Pid"]
         restarts = container.attrs["RestartCount"]
+        certificate = self.project.certificate if front else None
         processes = map(Process.of, children(init) if init else ())
         return Server(
             runtime=self.name,
             service=service,
-            url=f"http://{host}:{port}",
+            url=f"{'https' if certificate else 'http'}://{host}:{port}",
             key=key,
+            certificate=certificate,
+            gateway=front is not None,
             processes=tuple(process for process in processes if process),
             logs=lambda lines: container.logs(tail=lines).decode(errors="replace"),
-            ended=lambda: _ended(container, restarts),
+            ended=lambda: _ended(container, restarts) or (_gateway_ended(front) if front else None),
             restarts=restarts,
             image=f"{service.image} {container.attrs['Image'].removeprefix('sha256:')[:12]}",
         )
@@ -493,14 +540,42 @@ class Docker:
 
     def follow(self, service: Service) -> None:
         """Show the service's log as it grows, until interrupted."""
-        self.compose("logs", "--follow", "--no-log-prefix", "--tail", "50", service.name, show=1)
+        options = ("--follow", "--no-log-prefix", "--tail", "50")
+        self.compose("logs", *options, *self._there(service), show=1)
 
     def stop(self, service: Service) -> bool:
-        """Stop and remove the service's container; return whether there was one."""
-        if self.container(service) is None:
-            return False
-        self.compose("down", service.name)
-        return True
+        """Stop and remove the service's container and gateway; return whether there was one."""
+        there = self._there(service)
+        if there:
+            self.compose("down", *there)
+        return bool(there)
+
+    def _there(self, service: Service) -> list[str]:
+        """Return the Compose services of a quant that have a container, whatever was set."""
+        return [name for name in (service.name, gateway(service)) if self._container(name)]
+
+
+def gateway(service: Service) -> str:
+    """Return the name of the Compose service that stands before a quant's server."""
+    return f"gateway-{service.quant}"
+
+
+def _gateway_ended(container: "Container") -> str | None:
+    """Say how a gateway ended and why, or None."""
+    how = _ended(container, container.attrs["RestartCount"])
+    if how is None:
+        return None
+    lines = container.logs(tail=50).decode(errors="replace").splitlines()
+    alerts = [line for line in lines if "[ALERT]" in line]
+    return f"has no gateway, which {how}: {(alerts or lines or ['it said nothing'])[0]};"
+
+
+def _gone(name: str) -> StackError:
+    return StackError(
+        f"{name} was started and its container is gone.",
+        "Somebody else removes containers on this machine; try again.",
+        Code.LOAD,
+    )
 
 
 def _build_again(service: Service) -> str:

@@ -1,7 +1,8 @@
 """Reads `compose.yaml` and `.env`, without Docker, into frozen values.
 
 It enumerates no quants and no settings: services and `x-models` give the former, the `${NAME}`s of
-`compose.yaml` the latter. A test compares this reading with `docker compose config`.
+`compose.yaml` and `compose.gateway.yaml` the latter. A test compares this reading with
+`docker compose config`.
 """
 
 import ipaddress
@@ -22,6 +23,7 @@ from stack.errors import Code, StackError
 Settings = Mapping[str, str]
 
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<name>\w+)(?:(?P<op>:?-)(?P<default>[^}]*))?\})")
+GATEWAY = "compose.gateway.yaml"
 # Set by a build or an update itself; no settings of a user's.
 ENGINE = ("GLM_ENGINE_COMMIT", "GLM_ENGINE_BUILD")
 INTERNAL = ("GLM_CREATED", "GLM_ENGINE_TAG", *ENGINE)
@@ -152,6 +154,17 @@ class Project:
         return self.services[quant]
 
     @property
+    def gateway(self) -> bool:
+        """Whether a gateway stands before Docker's servers."""
+        return self.settings.get("GLM_GATEWAY", "0") == "1"
+
+    @property
+    def certificate(self) -> Path | None:
+        """The file with the gateway's certificate and its key, where it is to speak TLS."""
+        named = self.settings.get("GLM_TLS_FILE")
+        return self.root / named if named and self.gateway else None
+
+    @property
     def state(self) -> Path:
         """The folder of keys, locks, logs and records."""
         return self.root / self.state_folder
@@ -182,7 +195,9 @@ def load(
         raise StackError(
             f"compose.yaml cannot be read: {where}.", "Mend that line.", Code.USAGE
         ) from error
-    known = {match["name"] for match in VARIABLE.finditer(text)} - {None, *INTERNAL}
+    overlay = root / GATEWAY  # which the container that downloads models lacks
+    variables = VARIABLE.finditer(text + (overlay.read_text() if overlay.exists() else ""))
+    known = {"GLM_GATEWAY", *(match["name"] for match in variables)} - {None, *INTERNAL}
     exported = {key: value for key, value in os.environ.items() if key in known and value}
     in_file = read_env(root / ".env", known=known)
     for where, values in (("The environment", exported), ("The command line", given or {})):
@@ -303,12 +318,17 @@ def check_setting(name: str, value: str, *, known: set[str]) -> None:
             ipaddress.IPv4Address(value)
         except ValueError:
             raise ValueError(f"{name} must be an IPv4 address, not {value!r}") from None
+    elif kind == "HOSTS" and not re.fullmatch(r"[\w.-]+( [\w.-]+)*", value, re.ASCII):
+        raise ValueError(f"{name} must be host names, a blank between them, not {value!r}")
 
 
 _WHOLE_NUMBERS = {
     "PORT": (1024, 65535),
     "CONTEXT": (256, 202752),
     "SLOTS": (1, 256),
+    "GATEWAY": (0, 1),
+    "QUEUE": (0, 2000),
+    "RATE": (1, 10**6),
     "UID": (1, 2**31 - 1),
 }
 

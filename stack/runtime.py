@@ -100,7 +100,7 @@ def choose(project: Project, *, want: str | None = None, progress: Progress = si
 
     """
     if want == "native":
-        return native(project, progress)
+        return _alone(project, progress)
     docker = Docker(project)
     try:
         docker.check()
@@ -108,8 +108,14 @@ def choose(project: Project, *, want: str | None = None, progress: Progress = si
         if want == "docker":
             raise
         _log.info("%s Running natively.", error.cause)
-        return native(project, progress)
+        return _alone(project, progress)
     return docker
+
+
+def _alone(project: Project, progress: Progress) -> Native:
+    if project.gateway:
+        _log.warning("GLM_GATEWAY=1 is for Docker: a native server stands there without a gateway.")
+    return native(project, progress)
 
 
 def present(project: Project) -> list[Runtime]:

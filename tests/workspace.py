@@ -11,6 +11,7 @@ Started = subprocess.Popen[str]
 ROOT = Path(__file__).parent.parent
 _LINKED = (
     "bench",
+    "compose.gateway.yaml",
     "compose.yaml",
     "docker",
     "pyproject.toml",

@@ -42,6 +42,10 @@ def _tell_up(project: "Project", up: "Up") -> None:
     state, service = status.Looks(project).state(up.server), up.server.service
     if other := runtime.differs(up.server):
         logging.getLogger("stack").warning("It was started with %s; down and up again.", other)
+    if up.server.runtime == "docker" and up.server.gateway != project.gateway:
+        logging.getLogger("stack").warning(
+            "It has %s gateway; down and up again.", "a" if up.server.gateway else "no"
+        )
     how = "was up already" if up.was_up else f"is up, loaded in {up.ready_s:.1f} s"
     print(f"{service.name} ({state.runtime}) {how} and generates.")
     print(f"  URL      {state.url}/v1")

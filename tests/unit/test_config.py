@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -153,8 +154,8 @@ def test_missing_key_of_compose_is_named(tmp_path: Path) -> None:
 
 
 def test_env_example_shows_each_setting_with_its_default() -> None:
-    text = (workspace.ROOT / "compose.yaml").read_text()
-    defaults = {
+    text = "".join((workspace.ROOT / name).read_text() for name in ("compose.yaml", config.GATEWAY))
+    defaults = {"GLM_GATEWAY": "0"} | {
         match["name"]: match["default"] or ""
         for match in config.VARIABLE.finditer(text)
         if match["name"] and match["name"] not in config.INTERNAL
@@ -190,3 +191,32 @@ def test_moved_pin_wins_over_an_earlier_update(
 
     assert config.load(root).engine == config.pinned(root)
     assert "the pin counts" in caplog.text
+
+
+def test_every_quant_has_a_gateway_on_its_port() -> None:
+    """Read as text: no YAML library knows the tags that take the servers' own ports away."""
+    overlay = (workspace.ROOT / config.GATEWAY).read_text()
+    ports = (workspace.ROOT / "compose.yaml").read_text().split("\nservices:")[1]
+
+    for quant in config.load(workspace.ROOT).services:
+        _, own, before = overlay.partition(f"\n  glm-{quant}:\n")
+        server, _, gateway = before.partition(f"\n  gateway-{quant}:\n")
+        (published,) = re.findall(rf"ports: .*GLM_{quant.upper()}_PORT.*", ports)
+        assert own
+        assert "ports: !reset []" in server
+        assert published in gateway
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"GLM_GATEWAY=2", "from 0 to 1"),
+        (b"GLM_QUEUE=-1", "whole number"),
+        (b"GLM_RATE=0", "from 1"),
+        (b"GLM_HOSTS=a,b", "host names"),
+        (b"GLM_HOSTS='a  b'", "host names"),
+    ],
+)
+def test_bad_setting_of_the_gateway_is_refused(folder: Path, line: bytes, reason: str) -> None:
+    with pytest.raises(StackError, match=reason):
+        config.load(add(folder, line))
