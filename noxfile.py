@@ -20,9 +20,11 @@ RESULTS = Path(".state") / "checks"
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and import rules."""
+    """Check style and import rules, and the Dockerfiles."""
     _run(session, "ruff", "check")
     _run(session, "ruff", "format", "--check")
+    dockerfiles = map(str, sorted(Path("docker").glob("*Dockerfile")))
+    _run(session, "hadolint", "--config=docker/hadolint.yaml", *dockerfiles)
 
 
 @nox.session
