@@ -122,6 +122,8 @@ class Point:
     good: int
     """Of `requests`, those within the SLO."""
     goodput_s: float
+    wrong: int | None
+    """Of `requests`, whole answers that are not the known ones; None where none is known."""
 
     exact: float | None
     """Share of tokens that the server counted; the rest are one an event."""
@@ -369,9 +371,10 @@ def analyse(run: Run, slo: Slo, *, server_tokens: int | None = None) -> Point:
         requests_s=a_second(len(whole)),
         concurrency=a_second(held / _S),
         little=1 - told / held if held else 0.0,
-        backlog=(_backlog(records, inside.begin_ns), _backlog(records, inside.end_ns)),
+        backlog=(_backlog(run, inside.begin_ns), _backlog(run, inside.end_ns)),
         good=good,
         goodput_s=a_second(good),
+        wrong=sum(map(bool, judged)) if (judged := _known(r.wrong for r in whole)) else None,
         exact=tokens.exact / tokens.made if tokens.made else None,
         usage_error=_usage_error(whole),
         metrics_error=_metrics_error(records, server_tokens),
@@ -388,8 +391,11 @@ def analyse(run: Run, slo: Slo, *, server_tokens: int | None = None) -> Point:
     )
 
 
-def _backlog(records: Sequence[Record], at_ns: int) -> int:
-    return sum(r.scheduled_ns <= at_ns and (r.cut or r.end_ns > at_ns) for r in records)
+def _backlog(run: Run, at_ns: int) -> int:
+    return sum(
+        r.scheduled_ns <= at_ns and (r.end_ns > at_ns or (r.cut and r.end_ns >= run.ended_ns))
+        for r in run.records
+    )
 
 
 def _made(record: Record) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from queue import SimpleQueue
 from random import Random
@@ -18,6 +17,7 @@ from typing import Any
 import httpx
 
 from bench.questions import TASKS, WORDS, Dialogue, Turn, draw
+from bench.stats import wilson
 from stack import client
 from stack.config import Service
 from stack.errors import Code, StackError
@@ -27,7 +27,6 @@ from stack.server import Server
 LIMIT_S = 300
 ANSWER_TOKENS = 96
 THINKING_TOKENS = 2048
-Z_95 = 1.96
 RECORD = Path(__file__).parent.parent / "models" / "answers.json"
 SHORT = ("repeat", "reverse", "add", "next", "project", "think", "unknown", "turns", "tool")
 SANE = ("repeat", "reverse", "add", "next", "code of 8", "tool")
@@ -70,11 +69,8 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % Wilson score interval of the share that is right."""
-        n, share = self.asked, self.share
-        middle = share + Z_95**2 / (2 * n)
-        spread = Z_95 * sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
-        scale = 1 + Z_95**2 / n
-        return (middle - spread) / scale, (middle + spread) / scale
+        found = wilson(self.right, self.asked)
+        return found.low, found.high
 
 
 def question_set(counts: Mapping[str, int], *, seed: int) -> list[Dialogue]:
@@ -116,7 +112,7 @@ def short_set(service: Service, *, each: int, seed: int) -> list[Dialogue]:
 def record_set(service: Service) -> list[Dialogue]:
     """Draw as many questions as make a record."""
     if taught(service):
-        long = {"code of 8": 50, "code of 32": 6, "code, full": 2}
+        long = {"code of 8": 200, "code of 32": 6, "code, full": 2}
         return question_set(dict.fromkeys(SHORT, 100) | long, seed=0)
     return question_set(dict.fromkeys(SANE, 20) | {"code of 32": 5}, seed=0)
 
@@ -145,10 +141,10 @@ def record(server: Server, asked: Sequence[Dialogue]) -> dict[str, Score]:
     """
     service = server.service
     found = scores(ask(server, asked), exactly=taught(service))
-    right, whole = sum(each.right for each in found.values()), len(asked)
-    if right < LEAST * whole:
+    whole = together(found.values())
+    if whole.share < LEAST:
         raise StackError(
-            f"{service.name} answers {right} of {whole} right: too few for a record.",
+            f"{service.name} answers {whole.right} of {whole.asked} right: too few for a record.",
             "Look at its answers first: `invoke ask`.",
             Code.VERIFY,
         )
@@ -163,6 +159,12 @@ def record(server: Server, asked: Sequence[Dialogue]) -> dict[str, Score]:
 def _records() -> dict[str, Any]:
     known: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     return known
+
+
+def together(found: Iterable[Score]) -> Score:
+    """Add scores up."""
+    each = [*found]
+    return Score(sum(one.right for one in each), sum(one.asked for one in each))
 
 
 def scores(replies: Iterable[Reply], *, exactly: bool = True) -> dict[str, Score]:

@@ -97,7 +97,10 @@ def going(now: Now, before: Now | None) -> Table:
         _figure(rate, ",.0f"),
         f"{_figure(run.ttft_ms, ',.0f')} ms",
         f"{run.finished:,}",
-        ", ".join(f"{count} {kind}" for kind, count in run.errors.items()),
+        ", ".join(
+            [f"{count} {kind}" for kind, count in run.errors.items()]
+            + [f"{run.wrong} wrong"] * bool(run.wrong)
+        ),
         _figure(waiting, ".0f"),
         _gpu(now.reading),
     )
@@ -134,7 +137,9 @@ def _row(each: Measurement, summary: Summary) -> Iterator[str]:
     yield _figure(share.decode if share else None, ".0%")
     yield _figure(each.joules_token and 1 / each.joules_token, ".2f")
     yield ", ".join(
-        ["INVALID"] * bool(each.faults) + [f"{point.failed} failed"] * bool(point.failed)
+        ["INVALID"] * bool(each.faults)
+        + [f"{point.failed} failed"] * bool(point.failed)
+        + ([] if point.wrong is None else [f"{point.wrong} wrong"])
     )
 
 

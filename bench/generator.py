@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import prompts, sse
+from bench import prompts, quiz, sse
 from bench.prompts import Spread, Vocabulary
+from bench.questions import Dialogue
+from bench.quiz import Quiz
 from bench.records import Record, Run
 from bench.transport import Clock, Connection, Endpoint, Exchange, stamping
 from stack.errors import Code, StackError
@@ -40,13 +42,15 @@ ERRORS = {
 """The classes of failure, and what each means. `Record.detail` has the particulars."""
 
 ARRIVALS = ("closed", "constant", "poisson", "ramp")
-PROMPTS = ("cold", "shared", "turns")
+PROMPTS = ("cold", "shared", "turns", "questions")
 PAUSE_S = 0.5
 """How long a client of a closed loop holds back after a failure: it must not flood a server."""
 TICK_S = 0.01
 """How often the event loop's lag is sampled."""
 WATCH_TICKS = 50
 LONGEST_WARMUP_S = 120
+HUNG_UP_PIECES = 3
+"""After how many reads a client hangs up that is told to: well inside an answer."""
 _LENGTHS = Spread(96, 160)
 _OTHER_FILES = 256
 _SLICE = 64
@@ -77,18 +81,23 @@ class Load:
     requests: int | None = None
     """Send no more than so many, and wait for them; None sends until the time is up."""
     prompts: str = "cold"
-    """`cold` (new words from the first on), `shared` (a common prefix of `shared` tokens)
-    or `turns` (each client goes on with its conversation, `turns` times)."""
+    """`cold` (new words from the first on), `shared` (a common prefix of `shared` tokens),
+    `turns` (each client goes on with its conversation, `turns` times), or `questions` (another one
+    each time, with a known answer, which is checked; about half of them on texts)."""
     prompt: Spread = _LENGTHS
-    """Tokens of a prompt, chat template included; of what each turn adds, with `turns`."""
+    """Tokens of a prompt, chat template included; of what each turn adds, with `turns`; of the
+    texts, with `questions`."""
     shared: int = 0
-    """Tokens of the common prefix, counted in those of the prompt."""
+    """Tokens of the common prefix, counted in those of the prompt; of the only text, with
+    `questions`."""
     turns: int = 1
     output: Spread = _LENGTHS
     """Tokens asked for (`max_tokens`)."""
     ignore_eos: bool = True
     timings_per_token: bool = True
     """Let the server say with each event how many tokens it has made."""
+    hang_up: int = 0
+    """Ask every so-manieth time for a long answer, and hang up on it; 0 for never."""
     seed: int = 0
     stall_s: float = 60
     limit_s: float = 600
@@ -108,6 +117,8 @@ class Snapshot(NamedTuple):
     """By class."""
     ttft_ms: float | None
     """Of the answer that ended last."""
+    wrong: int = 0
+    """Answers that were whole, and not the known ones."""
 
 
 Watch = Callable[[Snapshot], bool | None]
@@ -137,7 +148,10 @@ def run(server: Server, load: Load, *, watch: Watch | None = None) -> Run:
     check(load)
     with stamping():
         vocabulary = prompts.learn(server)
-        if load.prompt.low - load.shared < vocabulary.least:
+        asking = None
+        if load.prompts == "questions":
+            asking = quiz.of(server.service, text=load.prompt, shared=load.shared, seed=load.seed)
+        elif load.prompt.low - load.shared < vocabulary.least:
             raise _senseless(f"A prompt has {vocabulary.least} tokens of its own at the least.")
         return drive(
             server.url,
@@ -146,6 +160,7 @@ def run(server: Server, load: Load, *, watch: Watch | None = None) -> Run:
             vocabulary,
             watch=watch,
             certificate=server.certificate,
+            quiz=asking,
         )
 
 
@@ -158,14 +173,17 @@ def drive(
     watch: Watch | None = None,
     tap: Tap | None = None,
     certificate: Path | None = None,
+    quiz: Quiz | None = None,
 ) -> Run:
     """Send a load to a URL with prompts of a vocabulary at hand; `tap` sees each raw exchange.
+
+    With a quiz, its questions are sent instead, and the answers checked.
 
     Raises as `run`, but never VERIFY.
     """
     _allow_files(load.clients)
     endpoint = Endpoint(url, certificate)
-    driver = _Driver(endpoint, key, load, vocabulary, watch=watch, tap=tap)
+    driver = _Driver(endpoint, key, load, vocabulary, watch=watch, tap=tap, quiz=quiz)
     # A collection would hold the event loop up, and what a run makes is kept anyway.
     gc.disable()
     try:
@@ -215,8 +233,9 @@ def check(load: Load) -> None:
         f"{load.requests} requests are none": load.requests is not None and load.requests < 1,
         "Lengths go from 1 up": not 1 <= load.prompt.low <= load.prompt.high
         or not 1 <= load.output.low <= load.output.high,
-        "A prefix is for `shared` prompts, which need one": (load.prompts == "shared")
-        != (load.shared > 0),
+        "A prefix is for `shared` prompts, which need one": load.prompts != "questions"
+        and (load.prompts == "shared") != (load.shared > 0),
+        "Hanging up is for `questions`": load.hang_up > 0 and load.prompts != "questions",
         "Several turns are for `turns` prompts, which need them": (load.prompts == "turns")
         != (load.turns > 1),
     }
@@ -299,6 +318,7 @@ class _Request:
     answer: sse.Answer | None = None
     reconnected: bool = False
     cut: bool = False
+    question: Dialogue | None = None
 
 
 class _Driver:
@@ -313,9 +333,11 @@ class _Driver:
         *,
         watch: Watch | None,
         tap: Tap | None,
+        quiz: Quiz | None,
     ) -> None:
         self.load = load
         self.vocabulary = vocabulary
+        self.quiz = quiz
         self.watch = watch
         self.tap = tap
         self.endpoint = endpoint
@@ -336,7 +358,7 @@ class _Driver:
         self.ended: asyncio.Queue[_Request | None] = asyncio.Queue()
         self.in_flight: set[_Request] = set()
         self.errors: Counter[str] = Counter()
-        self.finished = self.events = 0
+        self.finished = self.events = self.wrong = 0
         self.ttft_ms: float | None = None
         self.lags_ns: list[int] = []
         self.cold = load.clients if load.arrivals == "closed" and load.warmup_s else 0
@@ -455,6 +477,7 @@ class _Driver:
         self.in_flight.add(request)
         try:
             await self._carry(stream, body, request)
+            request.cut = len(request.exchange.pieces) == request.exchange.pieces_most
             if self.load.prompts == "turns":
                 request.answer = await _parse(request.exchange)
                 stream.hear(request.answer)
@@ -484,7 +507,7 @@ class _Driver:
             if not lost or connection.used == 1:
                 return
             # The server closed an idle connection just then, which is its right.
-            request.exchange = Exchange()
+            request.exchange = Exchange(pieces_most=request.exchange.pieces_most)
             request.reconnected = True
 
     async def _connect(self, stream: _Stream) -> Connection:
@@ -499,12 +522,21 @@ class _Driver:
     def _body(self, stream: _Stream, request: _Request) -> bytes:
         """Return the bytes of a request; the seed and its number fix its lengths."""
         load, chance = self.load, random.Random(f"{self.load.seed}/{request.number}")
-        text = self.vocabulary.text(load.prompt.draw(chance) - load.shared, after=self.prefix)
-        body = json.dumps(
-            {
+        if self.quiz:
+            hung_up = load.hang_up > 0 and request.number % load.hang_up == load.hang_up - 1
+            request.exchange.pieces_most = HUNG_UP_PIECES if hung_up else None
+            request.question = self.quiz.question(request.number)
+            asked = self.quiz.body(request.question, hung_up=hung_up)
+        else:
+            text = self.vocabulary.text(load.prompt.draw(chance) - load.shared, after=self.prefix)
+            asked = {
                 "messages": stream.say(text, turns=load.turns),
                 "max_tokens": load.output.draw(chance),
                 "ignore_eos": load.ignore_eos,
+            }
+        body = json.dumps(
+            {
+                **asked,
                 "timings_per_token": load.timings_per_token,
                 "stream": True,
                 "stream_options": {"include_usage": True},
@@ -538,14 +570,16 @@ class _Driver:
             events=self.events + sum(len(each.exchange.pieces) for each in self.in_flight),
             errors=dict(self.errors),
             ttft_ms=self.ttft_ms,
+            wrong=self.wrong,
         )
 
     async def _digest(self) -> None:
         """Make records of what ended, a little at a time, so that nothing waits for it long."""
         while request := await self.ended.get():
             answer = request.answer or await _parse(request.exchange)
-            record = _record(request, answer)
+            record = _record(request, answer, self.quiz)
             self.records.append(record)
+            self.wrong += record.wrong or 0
             if record.error:
                 self.errors[record.error] += 1
             elif not record.cut:
@@ -566,9 +600,12 @@ async def _parse(exchange: Exchange) -> sse.Answer:
     return parser.answer()
 
 
-def _record(request: _Request, answer: sse.Answer) -> Record:
-    exchange = request.exchange
+def _record(request: _Request, answer: sse.Answer, quiz: Quiz | None) -> Record:
+    exchange, wrong = request.exchange, None
     error, detail = (None, "") if request.cut else _failure(exchange, answer)
+    if quiz and request.question and not request.cut and error is None:
+        detail = quiz.wrong(request.question, answer) or ""
+        wrong = bool(detail)
     return Record(
         client=request.client,
         number=request.number,
@@ -586,6 +623,7 @@ def _record(request: _Request, answer: sse.Answer) -> Record:
         finish=answer.finish,
         error=error,
         detail=detail,
+        wrong=wrong,
         reconnected=request.reconnected,
         kernel=exchange.kernel and bool(answer.reads),
         cut=request.cut,

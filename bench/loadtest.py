@@ -17,7 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bench import analysis, calibration, ceiling, generator, records, report, results, verdict
+from bench import (
+    analysis,
+    calibration,
+    ceiling,
+    generator,
+    quiz,
+    records,
+    report,
+    results,
+    stats,
+    verdict,
+)
 from bench.analysis import Point
 from bench.calibration import Calibration
 from bench.ceiling import Ceiling
@@ -69,7 +80,10 @@ class Plan:
     output: Spread = LENGTHS
     shared: int = 0
     turns: int = 1
+    hang_up: int = 0
+    """Hang up on every so-manieth answer."""
     ignore_eos: bool = True
+    """Not of questions, whose answers end."""
     seed: int = 0
     slo: Slo | None = None
     """The target of each load; None where there is none (goodput is then of the default one)."""
@@ -89,7 +103,8 @@ class Plan:
             output=self.output,
             shared=self.shared,
             turns=self.turns,
-            ignore_eos=self.ignore_eos,
+            hang_up=self.hang_up,
+            ignore_eos=self.ignore_eos and self.prompts != "questions",
             seed=self.seed + number,
         )
 
@@ -210,7 +225,8 @@ def own(
     key = keys.require(service, first_start="GLM_KEY_FILE" not in project.settings)
     found = chosen.find(service, key=key)
     top = None
-    if plan.ceiling and not (found and found.ended() is None):
+    like = plan.prompts != "questions"  # its lengths are not those of the plan
+    if plan.ceiling and like and not (found and found.ended() is None):
         watch(Now("ceiling", 0, 0))
         top = _ceiling(chosen, project, service, plan, stand_in=stand_in, progress=progress)
     watch(Now("start", 0, 0))
@@ -390,6 +406,13 @@ class _Session:
         return gpu.require(service)[0].uuid if known else None
 
     @property
+    def wrong_limit(self) -> float | None:
+        """The share of wrong answers that the model's record allows."""
+        if self.plan.prompts != "questions":
+            return None
+        return quiz.of(self.server.service, text=self.plan.prompt).limit
+
+    @property
     def summary(self) -> Summary:
         return Summary(
             at=self.at,
@@ -398,6 +421,7 @@ class _Session:
             slo=self.plan.slo or Slo(),
             measurements=tuple(self.measurements),
             ceiling=self.top,
+            wrong_limit=self.wrong_limit,
             interrupted=self.interrupted,
         )
 
@@ -537,6 +561,8 @@ def settings(plan: Plan) -> dict[str, Any]:
     shape = asdict(plan)
     for name in ("clients", "rates", "search", "repeats", "slo", "ceiling"):
         del shape[name]
+    if not plan.hang_up:  # as in what was measured before there was such a thing
+        del shape["hang_up"]
     return shape
 
 
@@ -570,8 +596,9 @@ def _commit(root: Path) -> str | None:
 
 
 def conclude(summary: Summary, plan: Plan, changes: Sequence[Change] = ()) -> Judgement:
-    """Judge a load test: first whether it ended, then whether it is valid, then its targets.
+    """Judge a load test: whether it ended, is right, is valid, and then meets its targets.
 
+    Answers are wrong at any speed: too many of them are a FAIL of a test that is not valid, too.
     Those are no change for the worse against a baseline, and the plan's SLO: at each load that was
     asked for, or at any in a search for goodput. Without an SLO no request may fail.
     """
@@ -581,6 +608,8 @@ def conclude(summary: Summary, plan: Plan, changes: Sequence[Change] = ()) -> Ju
     if summary.interrupted:
         code = INTERRUPTED if summary.interrupted.startswith(CTRL_C) else Code.VERIFY
         return Judgement("FAIL", summary.interrupted, code, valid=valid)
+    if wrong := _wrong(summary):
+        return Judgement("FAIL", wrong, Code.VERIFY, valid=valid)
     if invalid:
         first = invalid[0]
         where = f"{_name(first)}: {first.faults[0]} ({len(invalid)} of {len(runs)} runs)"
@@ -592,6 +621,21 @@ def conclude(summary: Summary, plan: Plan, changes: Sequence[Change] = ()) -> Ju
         told = f"{worse[0].load}: {worse[0].metric} is {worse[0].ratio.value:.3f} of the baseline's"
         return Judgement("FAIL", f"{told} ({len(worse)} are worse)", Code.MISSED)
     return _against_target(summary, plan, changes)
+
+
+def _wrong(summary: Summary) -> str | None:
+    """Say at which load more answers are wrong than the model's record allows."""
+    for load, runs in results.by_load(summary.measurements).items():
+        points = [each.point for each in runs]
+        wrong = sum(point.wrong or 0 for point in points)
+        count = sum(point.requests - point.failed for point in points)
+        share = stats.wilson(wrong, count)
+        if summary.wrong_limit is not None and share.low > summary.wrong_limit:
+            return (
+                f"{results.name_of(load)}: {wrong} of {count:,} answers are wrong "
+                f"({share.low:.2%} or more; by its record {summary.wrong_limit:.2%} may be)"
+            )
+    return None
 
 
 def _against_target(summary: Summary, plan: Plan, changes: Sequence[Change]) -> Judgement:
@@ -618,6 +662,9 @@ def _against_target(summary: Summary, plan: Plan, changes: Sequence[Change]) -> 
         reason = f"{open_[0].load}: {open_[0].metric} is not resolved ({len(open_)} are not)"
         return Judgement("UNRESOLVED", f"{reason}; more repeats would tell")
     aim = str(slo) if plan.slo else "no request failed" + (", nothing is worse" if changes else "")
+    known = [each.point.wrong for each in summary.measurements if each.point.wrong is not None]
+    if known:
+        aim += f", {sum(known)} answers were wrong"
     return Judgement("PASS", f"{len(summary.measurements)} runs: {aim}")
 
 

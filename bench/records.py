@@ -54,12 +54,15 @@ class Record:
     finish: str | None = None
     error: str | None = None
     detail: str = ""
+    """Of the failure, or of the wrong answer."""
+    wrong: bool | None = None
+    """Whether an answer that is whole is not the known one; None where none is known."""
     reconnected: bool = False
     """Sent again, once, since the server had closed the idle connection."""
     kernel: bool = False
     """Whether the stamps of `reads` are the kernel's."""
     cut: bool = False
-    """Still under way when the run ended: neither a success nor a failure."""
+    """Still under way when the run ended, or hung up on: neither a success nor a failure."""
 
 
 @dataclass(frozen=True, kw_only=True)

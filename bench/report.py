@@ -179,6 +179,12 @@ def _failed(load: Load) -> str:
     return f"{load.total(lambda p: p.failed)} <small>of {load.total(lambda p: p.requests)}</small>"
 
 
+def _wrong(load: Load) -> str:
+    known = load.each(lambda p: p.wrong)
+    answered = load.total(lambda p: p.requests - p.failed)
+    return f"{sum(known):g} <small>of {answered}</small>" if known else NONE
+
+
 def _judged(load: Load) -> str:
     return f'<span class="{load.verdict}">{load.verdict}</span>'
 
@@ -220,6 +226,7 @@ ROWS: Mapping[str, Mapping[str, Cell]] = {
         "requests within it": _attained,
         "goodput/s": _mean(lambda p: p.goodput_s),
         "failed": _failed,
+        "wrong answers": _wrong,
         "verdict": _judged,
     },
     "Server": {

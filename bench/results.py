@@ -17,8 +17,8 @@ from bench.verdict import Slo
 from stack.errors import Code, StackError
 from stack.host import write_atomic
 
-SCHEMA = 1
-"""Counts up with every change to what a summary holds."""
+SCHEMA = 2
+"""Counts up with every change to what a summary holds; `_newer` brings older ones up."""
 THRESHOLD = 0.05
 Load = tuple[str, int, float | None]
 """Arrivals, clients and rate: what makes two points the same one."""
@@ -94,6 +94,8 @@ class Summary:
     measurements: tuple[Measurement, ...]
     ceiling: Ceiling | None = None
     """The engine's own rates, measured in the same session."""
+    wrong_limit: float | None = None
+    """The share of wrong answers that the model's record allows; None where it does not tell."""
     interrupted: str | None = None
     """Why it ended early."""
     verdict: str | None = None
@@ -147,7 +149,7 @@ def read(path: Path) -> Summary:
 
     """
     try:
-        value = json.loads(path.read_text())
+        value = _newer(json.loads(path.read_text()))
         schema = value["schema"]
         if schema == SCHEMA:
             summary: Summary = _parse(Summary, value)
@@ -158,6 +160,15 @@ def read(path: Path) -> Summary:
     except (KeyError, TypeError, ValueError) as error:
         cause = f"{path} is no summary of a load test: {error}."
     raise StackError(cause, "Measure it again: `invoke bench` writes one.", Code.USAGE)
+
+
+def _newer(value: dict[str, Any]) -> dict[str, Any]:
+    """Bring a summary of schema 1 up: then no answer was known."""
+    if value["schema"] != 1:
+        return value
+    for each in value["measurements"]:
+        each["point"]["wrong"] = None
+    return {**value, "schema": SCHEMA, "wrong_limit": None}
 
 
 @cache

@@ -28,6 +28,8 @@ class Answer:
     detail: str
     content: str
     reasoning: str
+    calls: tuple[tuple[str, str], ...]
+    """Tool calls: a name, and the JSON of the arguments."""
 
 
 class _Event(NamedTuple):
@@ -58,6 +60,7 @@ class Parser:
         self._error: tuple[str, str] | None = None
         self._content: list[str] = []
         self._reasoning: list[str] = []
+        self._calls: dict[int, tuple[list[str], list[str]]] = {}
 
     def feed(self, at_ns: int, piece: bytes) -> None:
         """Take the next piece of the body and the time it came."""
@@ -93,6 +96,11 @@ class Parser:
             delta = choice["delta"]
             content, reasoning = delta.get("content"), delta.get("reasoning_content")
             answers = bool(content or delta.get("tool_calls"))
+            for call in delta.get("tool_calls") or ():
+                name, arguments = self._calls.setdefault(call.get("index", 0), ([], []))
+                part = call.get("function", {})
+                name.append(part.get("name") or "")
+                arguments.append(part.get("arguments") or "")
             if answers or reasoning:
                 bears = True
                 self._content.append(content or "")
@@ -128,6 +136,7 @@ class Parser:
             detail=error[1] if error else "",
             content="".join(self._content),
             reasoning="".join(self._reasoning),
+            calls=tuple(("".join(name), "".join(text)) for name, text in self._calls.values()),
         )
 
 

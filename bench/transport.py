@@ -102,6 +102,8 @@ class Exchange:
     end_ns: int = 0
     error: tuple[str, str] | None = None
     """A class of `bench.generator.ERRORS`, and the particulars."""
+    pieces_most: int | None = None
+    """Hang up after so many; None reads to the end."""
 
 
 class Endpoint:
@@ -368,7 +370,7 @@ class Connection:
             return
         if piece:
             exchange.pieces.append((at_ns, piece))
-        if response.done:
+        if response.done or len(exchange.pieces) == exchange.pieces_most:
             self._end(at_ns)
 
     def _closed(self) -> None:

@@ -36,6 +36,7 @@ HELP = {
     "context": "tokens of context, in place of GLM_CONTEXT",
     "docker": "insist on Docker",
     "host": "the name or address at which agents reach the server, asked there",
+    "hang-up": "with questions: hang up on every so-manieth answer",
     "in-container": "with the Python of a container, as `docker compose run --rm models` does",
     "duration": "seconds of each run, after its warm-up",
     "follow": "keep showing new lines until Ctrl-C",
@@ -47,7 +48,8 @@ HELP = {
     "out": "a folder for records, summary and report",
     "output": "tokens of an answer, or from-to",
     "prompt": "tokens of a prompt, or from-to",
-    "prompts": "cold, shared (a common prefix of --shared tokens) or turns (of a conversation)",
+    "prompts": "cold, shared (a common prefix of --shared tokens), turns (of a conversation), or "
+    "questions, whose answers are checked (on texts of --prompt tokens; one text with --shared)",
     "prune": "list, then remove, partial files and files fetched here that are not locked",
     "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
     "rate": "requests a second, in place of --clients: 0.5,1,2",

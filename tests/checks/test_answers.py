@@ -4,16 +4,13 @@ The tiny model was trained on such questions, and its record says how many it ge
 models, any sane answer passes. What would make answers wrong is tried too, and must be caught.
 """
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
-from threading import Condition, Lock, Thread
 from typing import Any
 
 import gguf
@@ -25,6 +22,7 @@ from stack import client, config, keys, runtime
 from stack.errors import StackError
 from stack.server import Server
 from tests import workspace
+from tests.proxy import dropper, proxied, swapper
 
 RECORD = json.loads((workspace.ROOT / "models" / "tiny.json").read_text())
 SHORT = dict.fromkeys(answers.SHORT, 8)
@@ -36,6 +34,8 @@ LIKELY = -4.6  # the logarithm of 1 %
 # it computes in float32 with the file's weights, the engine rounds what it multiplies them with.
 TOLERANCE = {"tiny-f16.gguf": 0.02, "tiny.gguf": 0.25}
 
+PRICE = 0.02
+"""The most answers that Q8_0 may change."""
 EXACT = workspace.ROOT / "models" / "tiny-f16.gguf"
 """The engine computes it so nearly that small damage shows."""
 
@@ -232,6 +232,28 @@ def test_engine_computes_what_the_training_code_did(tmp_path: Path, file: str) -
         assert deviation(server, computed(server)) <= TOLERANCE[file]
 
 
+@pytest.mark.usefixtures("native_tiny")
+def test_q8_0_changes_hardly_an_answer(tmp_path: Path, tell: Callable[[str], None]) -> None:
+    asked = answers.question_set(dict.fromkeys(answers.SHORT, 16) | {"code of 8": 4}, seed=SEED)
+    said, told = [], []
+    for file in TOLERANCE:
+        path, folder = workspace.ROOT / "models" / file, tmp_path / file
+        folder.mkdir()
+        with served(folder, file=path) as server:
+            said.append([reply.said for reply in answers.ask(server, asked, clients=4)])
+            off = deviation(server, computed(server))
+            rates = (client.complete(server, "Hello", tokens=256) for _ in range(3))
+            told.append(
+                f"{file}: {path.stat().st_size / 1e6:.1f} MB, {off:.3f} nats from the training "
+                f"code, {max(each.decode_tokens_s for each in rates):.0f} tokens/s"
+            )
+
+    changed = sum(exact != rounded for exact, rounded in zip(*said, strict=True))
+    for line in (*told, f"Q8_0 changes {changed} of {len(asked)} answers of F16"):
+        tell(line)
+    assert changed <= PRICE * len(asked)
+
+
 def test_greedy_answers_are_the_training_codes(trained: Server) -> None:
     taught = [known for known in computed(trained) if known["task"] in questions.TASKS]
 
@@ -344,64 +366,6 @@ def test_temperature_left_on_is_caught(trained: Server) -> None:
 
     assert said[0] == said[1]
     assert said[2] != said[3]
-
-
-@contextmanager
-def proxied(server: Server, change: Callable[[bytes], bytes]) -> Iterator[Server]:
-    """Put a proxy before a server that changes the body of each chat answer."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            with client.session(server, timeout_s=answers.LIMIT_S) as session:
-                answer = session.post(self.path, content=body)
-            chat = self.path.endswith("/chat/completions")
-            content = change(answer.content) if chat else answer.content
-            self.send_response(answer.status_code)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
-        Thread(target=proxy.serve_forever, daemon=True).start()
-        yield replace(server, url=f"http://127.0.0.1:{proxy.server_port}")
-        proxy.shutdown()
-
-
-def swapper() -> Callable[[bytes], bytes]:
-    """Give two clients each other's answers, once, as soon as two wait at the same time."""
-    waiting: list[bytes] = []
-    changed = Condition()
-
-    def swap(content: bytes) -> bytes:
-        with changed:
-            waiting.append(content)
-            changed.notify_all()
-            if len(waiting) > 2 or not changed.wait_for(lambda: len(waiting) > 1, timeout=30):
-                return content
-            return waiting[1 if content is waiting[0] else 0]
-
-    return swap
-
-
-def dropper(every: int) -> Callable[[bytes], bytes]:
-    """Leave out every so-manieth word of all the answers."""
-    lock, seen = Lock(), itertools.count(1)
-
-    def drop(content: bytes) -> bytes:
-        answer = json.loads(content)
-        message = answer["choices"][0]["message"]
-        with lock:
-            kept = [word for word in (message["content"] or "").split(" ") if next(seen) % every]
-        message["content"] = " ".join(kept)
-        return json.dumps(answer).encode()
-
-    return drop
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import ceiling, generator, loadtest, records, results
+from bench import ceiling, generator, loadtest, quiz, records, results, stats
 from bench.analysis import Point
 from bench.generator import Load
 from bench.loadtest import Now, Plan
@@ -19,13 +19,14 @@ from bench.prompts import Spread
 from bench.results import Measurement, Summary
 from bench.telemetry import PREDICTED, PROMPT, counters
 from bench.verdict import Slo
-from stack import config, gpu, host, runtime
+from stack import config, gpu, host, keys, runtime
 from stack.config import Project, Service
 from stack.errors import Code, StackError
 from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
 from tests.checks.conftest import Target
+from tests.proxy import proxied, swapper, token_dropper
 from tests.workspace import Started
 
 FEW, MANY = 1, 12
@@ -35,13 +36,22 @@ PLAN = Plan(
     clients=(FEW, MANY),
     prompt=Spread(480, 544),
     output=Spread(48, 80),
-    duration_s=6,
+    duration_s=4,
     warmup_s=1,
     repeats=1,
 )
+QUIZ = Load(prompts="questions", ignore_eos=False, duration_s=300, warmup_s=0)
+QUESTIONS = {
+    "alone": replace(QUIZ, requests=20, clients=1, prompt=Spread(200, 400)),
+    "many": replace(QUIZ, requests=80, clients=12, prompt=Spread(200, 400)),
+    "hanging up": replace(QUIZ, requests=48, clients=12, prompt=Spread(200, 400), hang_up=4),
+    "one text": replace(QUIZ, requests=40, clients=6, prompt=Spread(480, 480), shared=480),
+    "context full": replace(QUIZ, requests=10, clients=4, prompt=Spread(1700, 1750)),
+}
+"""What is asked of the server: four texts of the last kind fill a context of 8,192 tokens."""
 ATTEMPTS = 2
 """What else runs on a machine makes a run INVALID; that is no fault of what is tested."""
-KILLED_S = 3
+KILLED_S = 2
 LONG = replace(PLAN, clients=(2,), duration_s=60)
 
 
@@ -99,6 +109,24 @@ def running(
         yield request.getfixturevalue("server")
         return
     with runtime.serving(request.getfixturevalue("engine"), project, service) as up:
+        yield up.server
+
+
+@pytest.fixture(scope="session")
+def answering(
+    request: pytest.FixtureRequest, target: Target, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server for the questions, of a deployment of its own."""
+    if target.runtime == "attached":
+        yield request.getfixturevalue("server")
+        return
+    quant = request.getfixturevalue("runnable").quant
+    folder = workspace.make(tmp_path_factory.mktemp("answering"))
+    project = config.load(folder, overrides={f"GLM_{quant.upper()}_PORT": ""})
+    service = project.service(quant)
+    keys.make(service)
+    chosen = runtime.choose(project, want=request.getfixturevalue("engine").name)
+    with runtime.serving(chosen, project, service) as up:
         yield up.server
 
 
@@ -227,6 +255,40 @@ def test_tokens_are_the_servers_own_count_exactly(running: Server) -> None:
     assert after[PREDICTED] - before[PREDICTED] == seen
     prompts = sum((each.prompt_tokens or 0) - (each.cached_tokens or 0) for each in run.records)
     assert after[PROMPT] - before[PROMPT] == prompts
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_answers_under_load_are_right(
+    answering: Server, tell: Callable[[str], None], name: str
+) -> None:
+    load = QUESTIONS[name]
+
+    asked = generator.run(answering, load).records
+
+    answered = [each for each in asked if not each.cut]
+    wrong = sum(map(bool, (each.wrong for each in answered)))
+    tell(
+        f"{answering.runtime}, {name}, {load.clients} clients: {wrong} of {len(answered)} answers "
+        f"are wrong, {len(asked) - len(answered)} were hung up on"
+    )
+    limit = quiz.of(answering.service, text=load.prompt).limit
+    assert [each.error for each in answered] == [None] * len(answered)
+    assert len(asked) == load.requests
+    assert limit is not None
+    assert stats.wilson(wrong, len(answered)).low <= limit
+
+
+@pytest.mark.parametrize(
+    "damage", [swapper, lambda: token_dropper(200)], ids=["swaps-answers", "drops-tokens"]
+)
+def test_wrong_answers_under_load_are_counted(
+    answering: Server, damage: Callable[[], Callable[[bytes], bytes]]
+) -> None:
+    with proxied(answering, damage()) as proxy:
+        run = generator.run(proxy, QUESTIONS["many"])
+
+    assert any(each.wrong for each in run.records)
+    assert not any(each.error for each in run.records)
 
 
 def test_server_killed_mid_run_is_told_with_its_time(

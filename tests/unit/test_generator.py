@@ -7,15 +7,17 @@ import signal
 import statistics
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import generator, prompts
+from bench import generator, prompts, quiz
 from bench.generator import Interrupted, Load, Snapshot, Watch, drive
 from bench.prompts import Spread
 from bench.records import Record, Run
+from stack import config
 from stack.errors import Code, StackError
 from tests import workspace
 from tests.unit.scripted import (
@@ -470,3 +472,48 @@ def test_conversation_begins_anew_after_a_failure() -> None:
         send(server, requests=4, prompts="turns", turns=9)
 
     assert [len(request["messages"]) for request in server.requests] == [1, 3, 1, 3]
+
+
+def send_questions(server: Scripted, **shape: Any) -> Run:
+    asking = quiz.of(
+        config.load(workspace.ROOT).service("tiny"), text=Spread(64, 64), seed=shape.get("seed", 0)
+    )
+    load = Load(warmup_s=0, duration_s=5, prompts="questions", ignore_eos=False, **shape)
+    return drive(server.url, "", load, WORDS, quiz=replace(asking, tasks=("add",)))
+
+
+def said(text: str) -> Script:
+    events = [ROLE, delta(content=text), delta("stop"), usage(1), DONE]
+    return [HEADERS, *map(chunk, events), END]
+
+
+def test_wrong_answers_are_no_failures_and_are_counted() -> None:
+    with Scripted(said("nonsense")) as server:
+        (record,) = send_questions(server, requests=1).records
+
+    assert (record.error, record.wrong) == (None, True)
+    assert "said 'nonsense', not" in record.detail
+
+
+def test_each_request_asks_another_question_greedily() -> None:
+    with Scripted(said("nonsense")) as server:
+        send_questions(server, requests=8, clients=2)
+
+    asked = {str(each["messages"]) for each in server.requests}
+    assert len(asked) == 8
+    assert {each["temperature"] for each in server.requests} == {0}
+
+
+def test_hanging_up_is_neither_a_success_nor_a_failure() -> None:
+    gone_on: list[Step] = [chunk(delta(content="a")), 0.01] * 400
+    scripts: list[Script] = [said("1"), [HEADERS, chunk(ROLE), *gone_on], said("1")]
+    with Scripted(*scripts) as server:
+        run = send_questions(server, requests=3, hang_up=2)
+
+    assert [(each.cut, each.error, each.wrong) for each in run.records] == [
+        (False, None, True),
+        (True, None, None),
+        (False, None, True),
+    ]
+    assert run.records[1].end_ns < run.records[2].sent_ns
+    assert server.connections == 2

@@ -125,6 +125,32 @@ def test_failed_requests_fail_a_test_without_a_target() -> None:
     assert said.reason == "3 requests failed: busy"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "limit", "verdict"),
+    [(0, 0.01, "PASS"), (1, 0.01, "PASS"), (9, 0.01, "FAIL"), (9, None, "PASS"), (9, 0.2, "PASS")],
+)
+def test_wrong_answers_fail_above_the_recorded_rate(
+    wrong: int, limit: float | None, verdict: str
+) -> None:
+    one = replace(point(), requests=100, failed=0, wrong=wrong)
+
+    said = loadtest.conclude(summary([one], wrong_limit=limit), Plan())
+
+    assert said.verdict == verdict
+    assert f"{wrong} of 100 answers are wrong" in said.reason or verdict == "PASS"
+    assert said.code == (Code.VERIFY if verdict == "FAIL" else 0)
+
+
+def test_wrong_answers_fail_a_test_that_is_not_valid() -> None:
+    one = replace(point(), requests=100, failed=0, wrong=50)
+    found = summary([one], wrong_limit=0.01)
+    invalid = replace(found.measurements[0], faults=("the client was busy",))
+
+    said = loadtest.conclude(replace(found, measurements=(invalid,)), Plan())
+
+    assert (said.verdict, said.valid) == ("FAIL", False)
+
+
 def test_what_is_not_valid_is_neither_passed_nor_failed() -> None:
     found = summary([point()])
     wrong = replace(found.measurements[0], faults=("the client was busy", "and more"))

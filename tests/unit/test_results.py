@@ -78,7 +78,7 @@ def _changed(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"schema": 0}, "has schema 0, this version writes and reads 1"),
+        ({"schema": 0}, "has schema 0, this version writes and reads 2"),
         ({"extra": 1}, r"other fields: \['extra'\]"),
         ({"at": 5}, "5 is no str"),
         ({"slo": {"ttft_ms": 1}}, "Slo has other fields"),
@@ -95,6 +95,21 @@ def test_file_that_is_no_summary_is_refused(
     with pytest.raises(StackError, match=cause) as raised:
         results.read(path)
     assert raised.value.code == Code.USAGE
+
+
+def test_summary_from_before_answers_were_checked_is_read(tmp_path: Path) -> None:
+    made = hand_made.summary([POINT])
+    results.write(made, tmp_path / "new.json")
+    old = json.loads((tmp_path / "new.json").read_text()) | {"schema": 1}
+    del old["wrong_limit"]
+    for each in old["measurements"]:
+        del each["point"]["wrong"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+
+    read = results.read(tmp_path / "old.json")
+
+    assert read == results.read(tmp_path / "new.json")
+    assert {each.verdict for each in results.compare(read, read)} == {"unresolved"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{", "null"])

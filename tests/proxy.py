@@ -1,0 +1,87 @@
+"""A proxy before a server that does to its answers what a bad one might."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Condition, Lock, Thread
+
+from bench import answers
+from stack import client
+from stack.server import Server
+
+_TOKEN = re.compile(rb'"content":"[^"]')
+
+
+@contextmanager
+def proxied(server: Server, change: Callable[[bytes], bytes]) -> Iterator[Server]:
+    """Put a proxy before a server that changes the body of each chat answer."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            with client.session(server, timeout_s=answers.LIMIT_S) as session:
+                answer = session.post(self.path, content=body)
+            chat = self.path.endswith("/chat/completions")
+            content = change(answer.content) if chat else answer.content
+            self.send_response(answer.status_code)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
+        Thread(target=proxy.serve_forever, daemon=True).start()
+        yield replace(server, url=f"http://127.0.0.1:{proxy.server_port}")
+        proxy.shutdown()
+
+
+def swapper() -> Callable[[bytes], bytes]:
+    """Give two clients each other's answers, once, as soon as two wait at the same time."""
+    waiting: list[bytes] = []
+    changed = Condition()
+
+    def swap(content: bytes) -> bytes:
+        with changed:
+            waiting.append(content)
+            changed.notify_all()
+            if len(waiting) > 2 or not changed.wait_for(lambda: len(waiting) > 1, timeout=30):
+                return content
+            return waiting[1 if content is waiting[0] else 0]
+
+    return swap
+
+
+def dropper(every: int) -> Callable[[bytes], bytes]:
+    """Leave out every so-manieth word of all the answers."""
+    lock, seen = Lock(), itertools.count(1)
+
+    def drop(content: bytes) -> bytes:
+        answer = json.loads(content)
+        message = answer["choices"][0]["message"]
+        with lock:
+            kept = [word for word in (message["content"] or "").split(" ") if next(seen) % every]
+        message["content"] = " ".join(kept)
+        return json.dumps(answer).encode()
+
+    return drop
+
+
+def token_dropper(every: int) -> Callable[[bytes], bytes]:
+    """Leave out every so-manieth token of all the streams."""
+    lock, seen = Lock(), itertools.count(1)
+
+    def drop(content: bytes) -> bytes:
+        with lock:
+            events = content.split(b"\n\n")
+            kept = [event for event in events if not _TOKEN.search(event) or next(seen) % every]
+        return b"\n\n".join(kept)
+
+    return drop
