@@ -27,7 +27,7 @@ from stack.server import Server
 LIMIT_S = 300
 ANSWER_TOKENS = 96
 THINKING_TOKENS = 2048
-RECORD = Path(__file__).parent.parent / "models" / "answers.json"
+RECORD = Path(__file__).resolve().parent.parent / "models" / "answers.json"
 SHORT = ("repeat", "reverse", "add", "next", "project", "think", "unknown", "turns", "tool")
 SANE = ("repeat", "reverse", "add", "next", "code of 8", "tool")
 """What any sane model answers, if in other words."""
