@@ -17,10 +17,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stack import gguf_header
+from stack import gguf_header, provenance
 from stack.config import GATEWAY, Project, Service, Settings
 from stack.errors import Code, StackError
-from stack.host import Process, Result, children, reason, run
+from stack.host import Process, Result, children, reason, run, write_atomic
 from stack.server import Server
 from stack.wait import wait_until
 
@@ -184,18 +184,35 @@ class Docker:
 
         """
         self.check()
+        began = dt.datetime.now(dt.UTC)
         # A day's resolution, so that a second build the same day changes nothing.
-        created = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT00:00:00Z")
+        created = began.strftime("%Y-%m-%dT00:00:00Z")
+        base = self._base(service)
         self.compose(
             *("build", *self._names(service)),
             show=2,
             settings={
-                "GLM_BASE": self._base(service),
+                "GLM_BASE": base,
                 "GLM_CA_FILE": self._ca_file,
                 "GLM_CREATED": created,
                 "GLM_ENGINE_SOURCE": str(source),
             },
         )
+        images = self.client.images
+        record = provenance.statement(
+            self.project,
+            service,
+            image=str(images.get(service.image).id),
+            base=(base, str(images.get(base).id)),
+            builder=self.client.version()["Version"],
+            began=began.isoformat(timespec="seconds"),
+            ended=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        )
+        write_atomic(self.provenance_file(service), json.dumps(record, indent=1))
+
+    def provenance_file(self, service: Service) -> Path:
+        """Return where the record of the last build of the service's image is kept."""
+        return self.project.state / "images" / f"{service.image.replace(':', '-')}.json"
 
     def _names(self, service: Service) -> tuple[str, ...]:
         """Return the Compose services that serve a quant."""

@@ -3,7 +3,11 @@
 With `--backend cuda` the production image is built and checked without a GPU.
 """
 
+import hashlib
+import io
+import json
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from docker.models.containers import Container
 
 from stack import client, keys, runtime
@@ -143,6 +149,59 @@ def test_image_does_not_run_as_root(engine: Runtime, service: Service) -> None:
     user = image(engine).client.images.get(service.image).attrs["Config"]["User"]
 
     assert user not in ("", "0", "root", "0:0")
+
+
+@pytest.fixture(scope="session")
+def bill(engine: Runtime, service: Service) -> str:
+    """The bill of materials in the image."""
+    api = image(engine).client.containers
+    container = api.create(service.image)
+    try:
+        stream, _ = container.get_archive("/app/sbom.cdx.json")
+        with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
+            member = archive.extractfile("sbom.cdx.json")
+            assert member
+            return member.read().decode()
+    finally:
+        container.remove()
+
+
+def invalid(bill: str) -> object:
+    """Return what CycloneDX's own validator says against a bill of materials, or None."""
+    return JsonStrictValidator(SchemaVersion.V1_6).validate_str(bill)
+
+
+def test_bill_of_materials_is_valid_and_names_what_is_inside(
+    bill: str, project: Project, service: Service
+) -> None:
+    assert invalid(bill) is None
+    named = {each["name"]: each["purl"] for each in json.loads(bill)["components"]}
+    assert named["llama.cpp"] == f"pkg:github/ggml-org/llama.cpp@{project.engine.commit}"
+    assert set(named) >= {"libc6", "libstdc++6", "libgomp1", "cpp-httplib", "nlohmann-json"}
+    assert ("nvidia-cublas" in named) == (service.backend == "cuda")
+
+
+def test_broken_bill_of_materials_is_invalid(bill: str) -> None:
+    assert invalid(bill.replace('"type":"application"', '"type":"appliance"'))
+
+
+def test_provenance_is_of_the_image_that_was_built(
+    engine: Runtime, project: Project, service: Service
+) -> None:
+    docker = image(engine)
+    runtime.build(docker, project, service)
+
+    told = json.loads(docker.provenance_file(service).read_text())
+
+    built = docker.client.images.get(service.image)
+    assert f"sha256:{told['subject'][0]['digest']['sha256']}" == built.id
+    inputs = {
+        each["uri"]: each["digest"]
+        for each in told["predicate"]["buildDefinition"]["resolvedDependencies"]
+    }
+    dockerfile = (project.root / "docker" / "Dockerfile").read_bytes()
+    assert inputs["docker/Dockerfile"] == {"sha256": hashlib.sha256(dockerfile).hexdigest()}
+    assert {"gitCommit": project.engine.commit} in inputs.values()
 
 
 def test_labels_tell_the_build(engine: Runtime, project: Project, service: Service) -> None:
