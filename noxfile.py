@@ -76,6 +76,12 @@ def gateway(session: nox.Session) -> None:
 
 
 @nox.session
+def audit(session: nox.Session) -> None:
+    """Ask PyPI and Debian for known weaknesses of what we ship and use."""
+    _pytest(session, "tests/checks/test_audit.py", *session.posargs)
+
+
+@nox.session
 def vram(session: nox.Session) -> None:
     """Measure GPU memory from start to stop, and hold it against plan and budget."""
     _pytest(session, "tests/checks/test_vram.py", *session.posargs)

@@ -4,7 +4,9 @@ They start deployments of their own and leave the user's alone. What this machin
 skipped by name, with the reason.
 """
 
+import io
 import signal
+import tarfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from bench import answers
 from bench.answers import Score
 from stack import client, config, gpu, keys, runtime
-from stack.compose import NoEngineError
+from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
 from stack.errors import StackError
 from stack.runtime import Runtime
@@ -119,6 +121,23 @@ def engine(
         pytest.skip(error.cause)
     runtime.ensure_engine(chosen, project, service)
     return chosen
+
+
+@pytest.fixture(scope="session")
+def bill(engine: Runtime, service: Service) -> str:
+    """The bill of materials in the image."""
+    if not isinstance(engine, Docker):
+        pytest.skip("a native build has no image")
+    api = engine.client.containers
+    container = api.create(service.image)
+    try:
+        stream, _ = container.get_archive("/app/sbom.cdx.json")
+        with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
+            member = archive.extractfile("sbom.cdx.json")
+            assert member
+            return member.read().decode()
+    finally:
+        container.remove()
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,8 @@ With `--backend cuda` the production image is built and checked without a GPU.
 """
 
 import hashlib
-import io
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -149,21 +147,6 @@ def test_image_does_not_run_as_root(engine: Runtime, service: Service) -> None:
     user = image(engine).client.images.get(service.image).attrs["Config"]["User"]
 
     assert user not in ("", "0", "root", "0:0")
-
-
-@pytest.fixture(scope="session")
-def bill(engine: Runtime, service: Service) -> str:
-    """The bill of materials in the image."""
-    api = image(engine).client.containers
-    container = api.create(service.image)
-    try:
-        stream, _ = container.get_archive("/app/sbom.cdx.json")
-        with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
-            member = archive.extractfile("sbom.cdx.json")
-            assert member
-            return member.read().decode()
-    finally:
-        container.remove()
 
 
 def invalid(bill: str) -> object:

@@ -1,0 +1,70 @@
+"""Nothing that we ship or use has a known weakness that nobody has looked at."""
+
+import datetime as dt
+import json
+from pathlib import Path
+
+import pytest
+
+from stack import host
+from tests import audit
+from tests.audit import NoDataError, Weakness
+from tests.workspace import ROOT
+
+WEAK = "requests==2.19.0\n"  # CVE-2018-18074
+
+
+def judged(found: list[Weakness]) -> list[str]:
+    excepted = audit.exceptions(ROOT / "tests" / "advisories.yaml")
+    return audit.judge(found, excepted, today=dt.datetime.now(dt.UTC).date())
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every Python package that uv.lock or the CUDA build may install."""
+    folder = tmp_path_factory.mktemp("requirements")
+    export = ["uv", "export", "--frozen", "--all-groups", "--no-emit-project", "--quiet"]
+    done = host.run([*export, "--no-annotate", "--output-file", folder / "all.txt"], cwd=ROOT)
+    assert done.status == 0, done.stderr
+    return folder / "all.txt"
+
+
+def weaknesses(requirements: Path) -> list[Weakness]:
+    try:
+        return audit.python(requirements)
+    except NoDataError as error:
+        pytest.skip(f"PyPI's advisories cannot be had here: {error}")
+
+
+def test_a_weak_package_is_found(tmp_path: Path) -> None:
+    (tmp_path / "weak.txt").write_text(WEAK)
+
+    assert "requests" in {each.package for each in weaknesses(tmp_path / "weak.txt")}
+
+
+def test_python_packages_have_no_known_weakness(locked: Path) -> None:
+    assert judged(weaknesses(locked)) == []
+
+
+def test_cuda_packages_have_no_known_weakness() -> None:
+    assert judged(weaknesses(ROOT / "docker" / "cuda-toolkit.txt")) == []
+
+
+def outdated(bill: str) -> list[Weakness]:
+    try:
+        return audit.debian(bill)
+    except NoDataError as error:
+        pytest.skip(f"Debian's archive cannot be asked from here: {error}")
+
+
+def test_debian_packages_in_the_image_are_the_newest(bill: str) -> None:
+    assert judged(outdated(bill)) == []
+
+
+def test_an_old_debian_package_is_found(bill: str) -> None:
+    old = json.loads(bill)
+    for each in old["components"]:
+        if each["name"] == "libc6":
+            each["version"] = "2.41-1"
+
+    assert "libc6" in {each.package for each in outdated(json.dumps(old))}
