@@ -130,6 +130,12 @@ def update(session: nox.Session) -> None:
 
 
 @nox.session
+def watch(session: nox.Session) -> None:
+    """Check that what crashes or hangs is restarted, within a budget, and what works is left."""
+    _pytest(session, "tests/checks/test_watch.py", *session.posargs)
+
+
+@nox.session
 def summary(session: nox.Session) -> None:
     """Show what passed, and what was skipped and why."""
     _run(session, "python", "-m", "tests.summary", str(RESULTS))

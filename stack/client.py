@@ -136,7 +136,7 @@ def complete(
         return _completion(answer.json()["content"], answer.json()["timings"], "length")
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise StackError(
-            f"{server.service.name} is up but does not generate: {error or type(error).__name__}.",
+            f"{server.service.name} is up but does not generate: {_line(error)}.",
             _see_log(server),
             Code.VERIFY,
         ) from error
@@ -178,7 +178,7 @@ def stream(server: Server, message: str, *, tokens: int) -> Iterator[str | Compl
                         pieces.append(piece)
                         yield piece
     except httpx.HTTPError as error:
-        raise _refused(server, str(error) or type(error).__name__) from error
+        raise _refused(server, _line(error)) from error
     if not finish or not timings:
         raise _refused(server, "the stream ended before the answer did")
     yield _completion("".join(pieces), timings, finish)
@@ -201,6 +201,11 @@ def _completion(text: str, timings: Mapping[str, Any], finish: str) -> Completio
         decode_tokens_s=timings["predicted_per_second"],
         finish=finish,
     )
+
+
+def _line(error: Exception) -> str:
+    """Return an error's first line: httpx adds where to read on."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _refused(server: Server, why: str) -> StackError:
@@ -255,6 +260,6 @@ def _get(server: Server, path: str) -> Mapping[str, Any]:
             )
         answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise _refused(server, str(error).partition("\n")[0]) from error
+        raise _refused(server, _line(error)) from error
     found: Mapping[str, Any] = answer.json()
     return found

@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -378,6 +379,36 @@ class Docker:
             repository, _, tag = _BOOTSTRAPPED.partition(":")
             self.client.api.import_image(str(archive), repository=repository, tag=tag)
 
+    def told(self) -> dict[str, str]:
+        """Return what the engine and its plugins say of themselves; empty where one is missing."""
+        info = json.loads(_said("info", "--format", "{{json .}}") or "{}")
+        return {
+            "engine": info.get("ServerVersion", ""),
+            "cgroup": info.get("CgroupDriver", ""),
+            "root": info.get("DockerRootDir", ""),
+            "compose": _said("compose", "version", "--short"),
+            "buildx": _said("buildx", "version"),
+        }
+
+    def gpus_seen(self, service: Service) -> tuple[str, ...] | None:
+        """Return the UUIDs of the GPUs that a container of a service sees; None without an image.
+
+        Raises:
+            StackError: HOST, as `failure`, where it cannot be given them.
+
+        """
+        bases = (service.image, service.build_args["BASE"], _BOOTSTRAPPED)
+        image = next((each for each in bases if _said("images", "--quiet", each)), None)
+        if image is None:
+            return None
+        flags = [f"--gpus=device={gpu}" for gpu in service.gpus]
+        query = ("--query-gpu=uuid", "--format=csv,noheader")
+        argv = ["docker", "run", "--rm", "--network=none", *flags, "--entrypoint=nvidia-smi"]
+        done = run([*argv, image, *query], timeout_s=60)
+        if done.status:
+            raise failure("run", done)
+        return tuple(done.stdout.split())
+
     def execute(self, service: Service, *argv: str) -> Result:
         """Run one of the image's own programs in a container of its own, to its end."""
         entry = ["docker", "run", "--rm", "--network=none", "--entrypoint", argv[0]]
@@ -518,6 +549,7 @@ class Docker:
             processes=tuple(process for process in processes if process),
             logs=lambda lines: container.logs(tail=lines).decode(errors="replace"),
             ended=lambda: _ended(container, restarts) or (_gateway_ended(front) if front else None),
+            rests=lambda: _rests(self.client, container),
             restarts=restarts,
             image=f"{service.image} {container.attrs['Image'].removeprefix('sha256:')[:12]}",
         )
@@ -599,6 +631,11 @@ def _build_again(service: Service) -> str:
     return f"Build it: `invoke build --docker --quant {service.quant}`."
 
 
+def _said(*arguments: str) -> str:
+    done = run(["docker", *arguments], timeout_s=_ANSWER_LIMIT_S)
+    return "" if done.status else done.stdout.strip()
+
+
 def _ended(container: "Container", restarts: int) -> str | None:
     """Say how a container ended, or None; one brought back by its restart policy ended too."""
     import docker  # noqa: PLC0415
@@ -613,6 +650,18 @@ def _ended(container: "Container", restarts: int) -> str | None:
     if state["OOMKilled"]:
         return f"was killed by its memory limit (exit {state['ExitCode']})"
     return f"ended (exit {state['ExitCode']}) {state['Error']}".strip()
+
+
+def _rests(client: "DockerClient", container: "Container") -> str | None:
+    """Say why an ended container is to stay so. The engine forgets a `docker stop` when it ends."""
+    state = container.attrs["State"]
+    if state["Status"] == "restarting":
+        return "Docker is about to start it again"
+    until = int(time.time()) + 1
+    stops = client.events(
+        since=0, until=until, decode=True, filters={"container": container.id, "event": "stop"}
+    )
+    return "was stopped by `docker stop`" if any(stops) else None
 
 
 def _knock() -> None:

@@ -1,6 +1,7 @@
 """The programs, locks, files and ports of this machine. The only module that starts a process."""
 
 import contextlib
+import ctypes
 import fcntl
 import ipaddress
 import os
@@ -378,6 +379,24 @@ class Usage:
 
     cpu_s: float
     resident_mib: float
+
+
+class _Timex(ctypes.Structure):
+    """The kernel's struct timex, as far as its status; room for the rest."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("figures", ctypes.c_long * 4),
+        ("status", ctypes.c_int),
+        ("rest", ctypes.c_char * 256),
+    )
+
+
+def clock_synchronised() -> bool:
+    """Return whether the kernel's clock is kept by somebody, as adjtimex(2) tells (STA_UNSYNC)."""
+    told = _Timex()
+    ctypes.CDLL(None).adjtimex(ctypes.byref(told))
+    return not told.status & 0x40
 
 
 def busy_s() -> float:

@@ -86,15 +86,25 @@ def require(service: Service, *, first_start: bool) -> str:
             beyond loopback.
 
     """
-    if first_start and ipaddress.ip_address(service.bind).is_loopback:
+    if not service.key_file.exists():
+        require_reachable(service, first_start=first_start)
         make(service)
-    elif not service.key_file.exists():
+    return read(service)
+
+
+def require_reachable(service: Service, *, first_start: bool) -> None:
+    """Make sure that a service with no key may have one made at its first start.
+
+    Raises:
+        StackError: USAGE, where it would be published beyond loopback.
+
+    """
+    if not first_start or not ipaddress.ip_address(service.bind).is_loopback:
         raise StackError(
             f"There is no API key in {service.key_file} for {service.name} on {service.bind}.",
             "Make one with `invoke key`, and give it to your clients.",
             Code.USAGE,
         )
-    return read(service)
 
 
 def _unusable(service: Service, why: str) -> StackError:

@@ -48,5 +48,7 @@ class Server:
     """Whether a gateway stands before it."""
     restarts: int = 0
     """How often it was brought back after a crash."""
+    rests: Callable[[], str | None] = lambda: None
+    """Says why an ended one is to stay as it is: somebody stopped it, or Docker will restart it."""
     image: str = ""
     """What it runs: the image with its id, or the folder of the native build."""

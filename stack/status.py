@@ -122,7 +122,7 @@ class Looks:
         known = replace(known, url=server.url, up_s=max(ages, default=None))
         if server.service.gpus and (reason := gpu.lost(server.service.gpus[0])):
             return replace(known, state="GPU lost", detail=reason)
-        word = client.health(server, timeout_s=_PATIENCE_S)
+        word = client.health(server, timeout_s=_PATIENCE_S) if server.url else "starting"
         if word != "ready":
             return replace(known, state=word)
         try:

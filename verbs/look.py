@@ -7,12 +7,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context
+from invoke.exceptions import Exit
 
-from verbs.terminal import dump, read_project, task
+from verbs.terminal import ROOT, dump, read_project, select, task
 
 if TYPE_CHECKING:
+    from stack.doctor import Finding
     from stack.status import State
 
+COLOURS = {"ok": "green", "moot": "dim", "doubt": "yellow", "failure": "red"}
 EVERY_S = 2
 WIDTH = 100
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -38,6 +41,71 @@ def status(_: Context, watch: bool = False, json: bool = False) -> None:
                 time.sleep(EVERY_S)
     else:
         Console(width=None if sys.stdout.isatty() else WIDTH).print(screen(states))
+
+
+@task
+def doctor(_: Context, quant: list[str], json: bool = False) -> None:
+    """Look for what will keep quants from serving; exit 1 for doubts, 2 for failures."""
+    from rich.console import Console
+
+    from stack import doctor as examination
+
+    findings = examination.examine(ROOT, quant)
+    if json:
+        print(dump([asdict(each) for each in findings]))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        console.print(report(findings))
+    if status := examination.status(findings):
+        raise Exit(code=status)
+
+
+@task
+def watch(
+    _: Context,
+    quant: list[str],
+    interval: float = 5.0,
+    limit: float = 60.0,
+    budget: int = 3,
+    once: bool = False,
+    stand_in: bool = False,
+) -> None:
+    """Restart servers that crash or hang, within a budget, until Ctrl-C or SIGTERM."""
+    import signal
+
+    from stack import host
+    from stack.watch import Limits, Watch
+
+    project = read_project(stand_in=stand_in)
+    services = select(project, quant or list(project.services))
+    limits = Limits(stuck_s=limit, silent_s=limit, stall_s=2 * limit, budget=budget)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with host.lock(project.state / "watch", verb="watch"):
+        watching = Watch(project, services, limits)
+        while True:
+            gave_up = False
+            for event in watching.look():
+                gave_up |= "gave up" in event.what
+                stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                print(f"{stamp} {event.quant} ({event.runtime}): {event.what}", flush=True)
+            if once:
+                raise Exit(code=int(gave_up))
+            time.sleep(interval)
+
+
+def report(findings: "tuple[Finding, ...]") -> Any:
+    """Lay findings out: what was found, and below it the command that mends it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for each in findings:
+        told = Text(each.evidence)
+        if each.remedy:
+            told.append(f"\n→ {each.remedy}", style="bold")
+        word = {"ok": "ok", "moot": "-"}.get(each.severity, each.severity.upper())
+        table.add_row(each.id, Text(word, style=COLOURS[each.severity]), told)
+    return table
 
 
 def screen(states: "tuple[State, ...]") -> Any:

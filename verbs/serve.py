@@ -64,12 +64,13 @@ def _tell_up(project: "Project", up: "Up") -> None:
 @task
 def down(_: Context, quant: list[str]) -> None:
     """Stop quants, all of them if none is named."""
-    from stack import host, runtime
+    from stack import host, runtime, watch
 
     project = read_project()
     with host.lock(project.state, verb="down"):
         runtimes = runtime.present(project)
         for service in select(project, quant or list(project.services)):
+            watch.forget(project, service)
             for name in runtime.down(service, runtimes):
                 print(f"{service.name} ({name}) is stopped.")
     print("Nothing runs." if not quant else "Done.")

@@ -167,18 +167,22 @@ PLANNED = 27_869
 PROCESSES = "nvmlDeviceGetComputeRunningProcesses"
 
 
+@pytest.fixture(scope="module")
+def full() -> models.Plan:
+    return models.plan("full-q4_k")
+
+
 @pytest.fixture
-def stand_in(project: Project, server: Server, engine: ScriptedEngine) -> Server:
+def stand_in(project: Project, server: Server, engine: ScriptedEngine, full: models.Plan) -> Server:
     """A server of Q4's stand-in: its header, and a size that takes no disk."""
     folder = project.root / "stand-ins"
     folder.mkdir()
     there = {"GLM_MODELS": str(folder)}
     overrides = config.stand_ins(project) | there
     service = config.load(project.root, overrides=overrides).service("q4")
-    plan = models.plan(service.model.random)
     with service.model_file.open("wb") as file:
-        file.write(plan.header)
-        file.truncate(plan.size_bytes)
+        file.write(full.header)
+        file.truncate(full.size_bytes)
     engine.props["model_path"] = str(service.model.path)
     return replace(server, service=service, processes=(Process(1, 0),))
 

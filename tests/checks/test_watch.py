@@ -1,0 +1,359 @@
+"""`invoke watch` brings back real servers that crash or hang, and leaves alone what only works."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from stack import client, config, host, keys, runtime
+from stack.compose import Docker, NoEngineError
+from stack.config import Project, Service
+from stack.errors import StackError
+from stack.runtime import Runtime
+from stack.server import Server
+from stack.status import Looks
+from stack.wait import wait_until
+from tests import workspace
+from tests.workspace import Started
+
+LIMIT_S = 3
+PATIENCE_S = 90
+INSIDE = "/app/models"
+
+
+@dataclass
+class Watched:
+    """A deployment of tiny whose server obeys tests/engine_faults.c, and what its watch said."""
+
+    folder: Path
+    runtime: Runtime
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def project(self) -> Project:
+        return config.load(self.folder)
+
+    @property
+    def service(self) -> Service:
+        return self.project.service("tiny")
+
+    @property
+    def server(self) -> Server:
+        return runtime.running(self.project, "tiny")
+
+    @property
+    def pid(self) -> int:
+        """The server's own process; a container's init takes a moment to start it."""
+        found = wait_until(lambda: self.server.processes or None, timeout_s=5, what="no process")
+        return found[0].pid
+
+    def up(self) -> None:
+        runtime.up(self.runtime, self.project, self.service)
+
+    @contextlib.contextmanager
+    def fault(self, name: str) -> Iterator[Path]:
+        """Bring a fault about while the context lasts."""
+        flag = self.folder / "models" / name
+        flag.touch()
+        try:
+            yield flag
+        finally:
+            flag.unlink(missing_ok=True)
+
+    def until(self, words: str) -> str:
+        """Wait until the watch says something; return that line."""
+        return wait_until(
+            lambda: next((line for line in self.said if words in line), None),
+            timeout_s=PATIENCE_S,
+            what=f"{words!r} not among {self.said}",
+        )
+
+    def answers(self) -> bool:
+        return client.complete(self.server, "hello", tokens=4).tokens == 4
+
+    def stays(self, seconds: float, pid: int) -> bool:
+        """Return whether the server was left alone for so long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.said or self.pid != pid:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The faults, compiled against the pinned engine's own header."""
+    target = tmp_path_factory.mktemp("faults") / "faults.so"
+    project = config.load(workspace.ROOT)
+    source = project.cache / "engine" / project.engine.commit[:12]
+    if not source.exists():
+        pytest.skip("the engine's source is not here; a build fetches it")
+    argv: list[str | Path] = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", target]
+    folders = [f"-I{source / folder}" for folder in ("include", "ggml/include")]
+    try:
+        done = host.run([*argv, *folders, workspace.ROOT / "tests" / "engine_faults.c"])
+    except StackError as error:
+        pytest.skip(error.cause)
+    assert done.status == 0, done.stderr
+    return target
+
+
+@pytest.fixture(params=["docker", "native"])
+def watched(request: pytest.FixtureRequest, tmp_path: Path, faults: Path) -> Iterator[Watched]:
+    option = request.config.option
+    if option.attach or (option.runtime and request.param != option.runtime):
+        pytest.skip("not the runtime that was asked for")
+    port = str(workspace.free_port())
+    folder = workspace.make(tmp_path, GLM_TINY_PORT=port, GLM_MODELS=str(tmp_path / "models"))
+    (folder / "models").mkdir()
+    os.link(workspace.ROOT / "models" / "tiny.gguf", folder / "models" / "tiny.gguf")
+    (folder / "models" / "faults.so").write_bytes(faults.read_bytes())
+    compose = (folder / "compose.yaml").read_text()
+    (folder / "compose.yaml").unlink()
+    alias = "      LLAMA_ARG_ALIAS: glm-4.7-flash-tiny\n"
+    added = f"      LD_PRELOAD: {INSIDE}/faults.so\n      GLM_FAULTS: {INSIDE}\n"
+    changed = compose.replace(alias, alias + added)
+    (folder / "compose.yaml").write_text(changed.replace("period: 40s", "period: 2s"))
+    try:
+        chosen = runtime.choose(config.load(folder), want=request.param)
+    except NoEngineError as error:
+        pytest.skip(error.cause)
+    watched = Watched(folder, chosen)
+    runtime.ensure_engine(chosen, watched.project, watched.service)
+    yield watched
+    chosen.stop(watched.service)
+
+
+@contextlib.contextmanager
+def watching(watched: Watched, *, limit_s: float = LIMIT_S) -> Iterator[Started]:
+    """Run `invoke watch` while the context lasts; it must end as asked, and say no error."""
+    limits = (f"--limit={limit_s}", "--interval=0.2")
+    with workspace.invoke(watched.folder, "watch", *limits) as process:
+        reader = threading.Thread(
+            target=lambda: watched.said.extend(iter(process.stdout.readline, "")),  # type: ignore[union-attr]
+        )
+        reader.start()
+        lock = watched.project.state / "watch" / "lock"
+        wait_until(lambda: lock.exists() or None, timeout_s=PATIENCE_S, what="no watch")
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE_S)
+            reader.join()
+            said = process.stderr.read() if process.stderr else ""
+    assert "Traceback" not in said, said
+
+
+def test_killed_server_is_back(watched: Watched) -> None:
+    watched.up()
+    with watching(watched):
+        wait_until(
+            lambda: (watched.project.state / "watch.json").exists() or None,
+            timeout_s=PATIENCE_S,
+            what="no look",
+        )
+        pid = watched.pid
+        os.kill(pid, signal.SIGKILL)
+
+        by_docker = isinstance(watched.runtime, Docker)
+        watched.until("Docker restarted it" if by_docker else "serves again")
+
+        client.wait_ready(watched.server)
+        assert watched.answers()
+        assert watched.pid != pid
+
+
+def test_frozen_server_is_restarted_after_the_limit(watched: Watched) -> None:
+    watched.up()
+    with watching(watched):
+        os.kill(watched.pid, signal.SIGSTOP)
+
+        assert "not answering" in watched.until("restart 1 of 3")
+        watched.until("serves again")
+
+    assert watched.answers()
+
+
+def test_frozen_server_that_goes_on_before_the_limit_is_left_alone(watched: Watched) -> None:
+    watched.up()
+    pid = watched.pid
+    with watching(watched, limit_s=6):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(pid, signal.SIGCONT)
+
+        assert watched.stays(5, pid), watched.said
+    assert watched.answers()
+
+
+def test_load_that_moves_is_never_ended(watched: Watched) -> None:
+    with watched.fault("slow") as flag:
+        server = watched.runtime.start(watched.service, key=_key(watched))
+        pid = watched.pid
+        with watching(watched, limit_s=1):
+            assert watched.stays(6, pid), watched.said
+            flag.unlink()
+            client.wait_ready(server)
+            assert watched.stays(1, pid), watched.said
+
+
+def test_load_that_stalls_is_restarted(watched: Watched) -> None:
+    with watched.fault("stall") as flag:
+        watched.runtime.start(watched.service, key=_key(watched))
+        with watching(watched, limit_s=1):
+            assert "nothing moves while it is loading" in watched.until("restart 1 of 3")
+            flag.unlink()
+            watched.until("serves again")
+    assert watched.answers()
+
+
+def _key(watched: Watched) -> str:
+    return keys.require(watched.service, first_start=True)
+
+
+def crowd(server: Server, *, tokens: int) -> list[threading.Thread]:
+    """Fill four slots and a queue."""
+
+    def ask() -> None:
+        with contextlib.suppress(StackError):
+            client.complete(server, "hello", tokens=tokens)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_busy_server_is_left_alone(watched: Watched) -> None:
+    watched.up()
+    pid = watched.pid
+    with watching(watched, limit_s=2):
+        threads = crowd(watched.server, tokens=100_000)
+
+        assert watched.stays(6, pid), watched.said
+        state = Looks(watched.project).state(watched.server)
+    watched.runtime.stop(watched.service)
+    for thread in threads:
+        thread.join()
+    assert (state.state, state.running, state.waiting) == ("busy", 4, 2)
+
+
+def test_server_that_decodes_nothing_is_restarted_though_its_health_is_good(
+    watched: Watched,
+) -> None:
+    watched.up()
+    with watched.fault("hang") as flag, watching(watched):
+        threads = crowd(watched.server, tokens=8)
+
+        assert "stuck" in watched.until("restart 1 of 3")
+        flag.unlink()
+        watched.until("serves again")
+        for thread in threads:
+            thread.join()
+    assert watched.answers()
+
+
+def test_server_that_fails_every_request_is_restarted_though_its_health_is_good(
+    watched: Watched,
+) -> None:
+    watched.up()
+    with watched.fault("fail") as flag, watching(watched):
+        wait_until(
+            lambda: (watched.project.state / "watch.json").exists() or None,
+            timeout_s=PATIENCE_S,
+            what="no look",
+        )
+        with pytest.raises(StackError, match="does not generate"):
+            client.complete(watched.server, "hello")
+        assert client.health(watched.server) == "ready"
+
+        assert "every request fails" in watched.until("restart 1 of 3")
+        flag.unlink()
+        watched.until("serves again")
+    assert watched.answers()
+
+
+def bad_requests(server: Server) -> None:
+    """Ask for what a client may not: broken JSON, and a prompt over the context."""
+    with client.session(server, timeout_s=30) as session:
+        for _ in range(3):
+            assert session.post("/completion", content=b"{").is_error
+            assert session.post("/completion", json={"prompt": [5] * 9000}).is_error
+
+
+def test_mistakes_of_clients_cost_no_cached_prompt(watched: Watched) -> None:
+    watched.up()
+    pid, prompt = watched.pid, {"prompt": list(range(5, 500)), "n_predict": 1}
+    with watching(watched, limit_s=2), client.session(watched.server, timeout_s=30) as session:
+        session.post("/completion", json=prompt)
+        decodes = client.metrics(session)["n_decode_total"]
+        bad_requests(watched.server)
+
+        assert watched.stays(4, pid), watched.said
+        assert client.metrics(session)["n_decode_total"] == decodes  # nothing was generated
+        again = session.post("/completion", json=prompt).json()
+    assert again["timings"]["cache_n"] > 490, again["timings"]
+
+
+def test_spent_budget_ends_in_a_diagnosis(watched: Watched) -> None:
+    watched.up()
+    with watched.fault("crash"), watching(watched):
+        with pytest.raises(StackError):
+            client.complete(watched.server, "hello")
+
+        line = watched.until("gave up")
+        told = Path(line.split()[-1]).read_text()
+        count = sum("restart 3 of 3" in each for each in watched.said)
+        by_docker = sum("by Docker" in each or "Docker restarted" in each for each in watched.said)
+        time.sleep(2)
+
+    assert count or by_docker
+    assert "Trouble:" in told
+    assert "gave up" not in "".join(watched.said[watched.said.index(line) + 1 :])
+    kept = json.loads((watched.project.state / "watch.json").read_text())
+    assert [case["gave_up"] for case in kept.values() if case["gave_up"]] == [line.split()[-1]]
+    watched.up()  # and the next start, the fault gone, serves
+    assert watched.answers()
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "docker stop"])
+def test_end_in_good_order(watched: Watched, end: str) -> None:
+    """A stray SIGTERM is no wish of an operator; `docker stop` is."""
+    watched.up()
+    if end == "SIGTERM":
+        with watching(watched):
+            os.kill(watched.pid, signal.SIGTERM)
+            watched.until("serves again")
+        assert watched.answers()
+        return
+    if not isinstance(watched.runtime, Docker):
+        pytest.skip("only Docker knows who stopped it")
+    container = watched.runtime.container(watched.service)
+    assert container
+    container.stop()
+    with watching(watched):
+        time.sleep(4)
+    assert watched.said == []
+
+
+def test_look_on_a_timer(watched: Watched) -> None:
+    watched.up()
+    with workspace.invoke(watched.folder, "watch", "--once") as process:
+        out, err = process.communicate(timeout=PATIENCE_S)
+
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_second_watch_is_refused(watched: Watched) -> None:
+    with watching(watched), workspace.invoke(watched.folder, "watch", "--once") as process:
+        _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 3, err
