@@ -186,12 +186,13 @@ def measure(
     streams: int = STREAMS,
     rounds: int = ROUNDS,
     duration_s: float = 4,
+    precedence: bool = True,
     configuration: Path = CONFIGURATION,
 ) -> tuple[Way, Way, Way | None]:
     """Measure the ways direct, through a gateway, and through one that takes precedence.
 
-    The last is None where the system gives none. Raises StackError as `gateway`; VERIFY where a
-    request fails.
+    The last is None where the system gives none, or none is asked for. Raises StackError as
+    `gateway`; VERIFY where a request fails.
     """
     settings = {"GLM_QUEUE": "1000"}
     load = Load(clients=streams, warmup_s=1, duration_s=duration_s, output=Spread(48, 80))
@@ -202,7 +203,7 @@ def measure(
         gateway(urlsplit(direct).netloc, settings, configuration=configuration) as first,
     ):
         ways = {"direct": (direct, ""), "through the gateway": (plain.straight, KEY)}
-        if take_precedence(first.pid):
+        if precedence and take_precedence(first.pid):
             ways["through one with a core to itself"] = (first.straight, KEY)
         truths: dict[str, list[Truth]] = {name: [] for name in ways}
         for _, (name, (url, key)) in itertools.product(range(rounds), ways.items()):
