@@ -7,6 +7,7 @@ key that no client can send, so both are refused here.
 import ipaddress
 import os
 import secrets
+import ssl
 from pathlib import Path
 
 from stack.config import Service
@@ -68,14 +69,37 @@ def _keys(service: Service) -> list[str]:
     for key in keys:
         if not key.isprintable() or any(c.isspace() or c == "," for c in key):
             raise _unusable(service, "has a blank, a comma or a carriage return in a key")
-    readable = 0o400 if status.st_uid == service.uid else 0o004
+    _require_readable("key file", path, status, service.uid)
+    return keys
+
+
+def require_certificate(path: Path, service: Service) -> None:
+    """Make sure that the gateway can show a certificate: there, with its key, readable by its user.
+
+    Raises:
+        StackError: USAGE.
+
+    """
+    try:
+        status = path.stat()
+        ssl.create_default_context().load_cert_chain(path, password="")
+    except OSError as error:  # an SSLError is one
+        raise StackError(
+            f"GLM_TLS_FILE={path} is no certificate with its private key: {error.strerror}.",
+            "Put both into one PEM file, the certificate first, the key without a passphrase.",
+            Code.USAGE,
+        ) from error
+    _require_readable("certificate", path, status, service.uid)
+
+
+def _require_readable(what: str, path: Path, status: os.stat_result, uid: int) -> None:
+    readable = 0o400 if status.st_uid == uid else 0o004
     if not status.st_mode & readable:
         raise StackError(
-            f"The key file {path} cannot be read by the server's user {service.uid}.",
-            f"chown {service.uid} {path}",
+            f"The {what} {path} cannot be read by the server's user {uid}.",
+            f"chown {uid} {path}",
             Code.USAGE,
         )
-    return keys
 
 
 def require(service: Service, *, first_start: bool) -> str:

@@ -217,6 +217,8 @@ def up(
     """
     runtime.check()
     key = keys.require(service, first_start="GLM_KEY_FILE" not in project.settings)
+    if project.certificate:
+        keys.require_certificate(project.certificate, service)
     found = runtime.find(service, key=key)
     if found and found.ended() is None:
         client.wait_ready(found)

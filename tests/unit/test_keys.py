@@ -1,4 +1,6 @@
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,31 @@ def test_unusable_key_is_not_rotated(service: Service) -> None:
         keys.rotate(service)
 
     assert service.key_file.read_bytes() == b"key \n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_text("none"), "no certificate with its private key"),
+        (lambda path: path.chmod(0o600), "chown"),
+    ],
+    ids=["missing", "no-pem", "unreadable"],
+)
+def test_certificate_that_the_gateway_cannot_show_is_refused(
+    service: Service, tmp_path: Path, spoil: Callable[[Path], None], reason: str
+) -> None:
+    path = Path(
+        shutil.copy(
+            workspace.ROOT / "tests" / "unit" / "loopback.pem", tmp_path / "certificate.pem"
+        )
+    )
+    path.chmod(0o644)
+    keys.require_certificate(path, service)
+    spoil(path)
+
+    with pytest.raises(StackError) as caught:
+        keys.require_certificate(path, dataclasses.replace(service, uid=12345))
+
+    assert reason in str(caught.value)
+    assert caught.value.code == Code.USAGE
