@@ -42,16 +42,16 @@ PLAN = Plan(
 )
 QUIZ = Load(prompts="questions", ignore_eos=False, duration_s=300, warmup_s=0)
 QUESTIONS = {
-    "alone": replace(QUIZ, requests=20, clients=1, prompt=Spread(200, 400)),
-    "many": replace(QUIZ, requests=80, clients=12, prompt=Spread(200, 400)),
-    "hanging up": replace(QUIZ, requests=48, clients=12, prompt=Spread(200, 400), hang_up=4),
-    "one text": replace(QUIZ, requests=40, clients=6, prompt=Spread(480, 480), shared=480),
-    "context full": replace(QUIZ, requests=10, clients=4, prompt=Spread(1700, 1750)),
+    "alone": replace(QUIZ, requests=12, clients=1, prompt=Spread(200, 400)),
+    "many": replace(QUIZ, requests=40, clients=12, prompt=Spread(200, 400)),
+    "hanging up": replace(QUIZ, requests=24, clients=12, prompt=Spread(200, 400), hang_up=4),
+    "one text": replace(QUIZ, requests=24, clients=6, prompt=Spread(480, 480), shared=480),
+    "context full": replace(QUIZ, requests=6, clients=4, prompt=Spread(1700, 1750)),
 }
 """What is asked of the server: four texts of the last kind fill a context of 8,192 tokens."""
 ATTEMPTS = 2
 """What else runs on a machine makes a run INVALID; that is no fault of what is tested."""
-KILLED_S = 2
+KILLED_S = 3
 LONG = replace(PLAN, clients=(2,), duration_s=60)
 
 
@@ -242,13 +242,13 @@ def test_target_that_nothing_meets_is_missed(measured: Measured) -> None:
     assert (said.verdict, said.code) == ("FAIL", Code.MISSED)
 
 
-def test_tokens_are_the_servers_own_count_exactly(running: Server) -> None:
+def test_tokens_are_the_servers_own_count_exactly(answering: Server) -> None:
     load = Load(clients=3, requests=12, duration_s=60, prompt=Spread(64, 96), output=Spread(16, 64))
-    before = counters(running)
+    before = counters(answering)
 
-    run = generator.run(running, load)
+    run = generator.run(answering, load)
 
-    after = counters(running)
+    after = counters(answering)
     assert [each.error for each in run.records] == [None] * 12
     seen = sum(read.tokens for each in run.records for read in each.reads)
     assert seen == sum(each.output_tokens or 0 for each in run.records)
@@ -279,11 +279,13 @@ def test_answers_under_load_are_right(
 
 
 @pytest.mark.parametrize(
-    "damage", [swapper, lambda: token_dropper(200)], ids=["swaps-answers", "drops-tokens"]
+    "damage", [swapper, lambda: token_dropper(100)], ids=["swaps-answers", "drops-tokens"]
 )
 def test_wrong_answers_under_load_are_counted(
-    answering: Server, damage: Callable[[], Callable[[bytes], bytes]]
+    answering: Server, target: Target, damage: Callable[[], Callable[[bytes], bytes]]
 ) -> None:
+    if target.runtime == "docker":
+        pytest.skip("the proxy stands before one runtime's server")
     with proxied(answering, damage()) as proxy:
         run = generator.run(proxy, QUESTIONS["many"])
 
@@ -316,10 +318,10 @@ def test_server_killed_mid_run_is_told_with_its_time(
     assert any(not each.error for each in records.read(next(tmp_path.glob("*.jsonl"))))
 
 
-def test_wrong_key_is_refused_before_the_start(running: Server, tmp_path: Path) -> None:
+def test_wrong_key_is_refused_before_the_start(answering: Server, tmp_path: Path) -> None:
     with pytest.raises(StackError, match="refuses the key") as caught:
         loadtest.measure(
-            replace(running, key="wrong"), PLAN, root=workspace.ROOT, folder=tmp_path / "x"
+            replace(answering, key="wrong"), PLAN, root=workspace.ROOT, folder=tmp_path / "x"
         )
 
     assert caught.value.code == Code.VERIFY
