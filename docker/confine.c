@@ -24,6 +24,7 @@
 #define RETURN(action) BPF_STMT(BPF_RET | BPF_K, action)
 #define ALLOW RETURN(SECCOMP_RET_ALLOW)
 #define DENY RETURN(SECCOMP_RET_ERRNO | EPERM)
+#define ABSENT RETURN(SECCOMP_RET_ERRNO | ENOENT)
 // Each lets the next statement, or the next `count`, run only if it holds.
 #define EQUAL(value, count) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, count)
 #define UNEQUAL(value) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 1, 0)
@@ -35,7 +36,7 @@
 static struct sock_filter filter[] = {
     LOAD(arch), UNEQUAL(AUDIT_ARCH_X86_64), DENY,
     LOAD(nr), AT_LEAST(0x40000000), DENY, // the x32 calls
-    NEVER(__NR_connect),
+    EQUAL(__NR_connect, 1), ABSENT, // CUDA looks for its multi-process service: as if there were none
     NEVER(__NR_io_uring_setup), // its operations pass no filter
     NEVER(__NR_ptrace), NEVER(__NR_process_vm_writev), NEVER(__NR_pidfd_getfd), // through another process
     NEVER_WITH(__NR_sendto, args[3], MSG_FASTOPEN),

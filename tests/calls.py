@@ -36,8 +36,10 @@ def open_(family: int, kind: int, protocol: int = 0) -> None:
 
 
 def local() -> None:
-    with socket.socket(socket.AF_UNIX) as unix:
-        unix.connect("/nowhere")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as unix:
+        listener.bind("")  # a name of the kernel's choice
+        listener.listen()
+        unix.connect(listener.getsockname())
 
 
 WAYS: dict[str, Callable[[], object]] = {
