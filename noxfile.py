@@ -136,6 +136,12 @@ def watch(session: nox.Session) -> None:
 
 
 @nox.session
+def switch(session: nox.Session) -> None:
+    """Check that one server takes another's place, or the other serves on, whatever fails."""
+    _pytest(session, "tests/checks/test_switch.py", *session.posargs)
+
+
+@nox.session
 def summary(session: nox.Session) -> None:
     """Show what passed, and what was skipped and why."""
     _run(session, "python", "-m", "tests.summary", str(RESULTS))

@@ -5,9 +5,9 @@
 
 from invoke.collection import Collection
 
-from verbs import download, engine, look, make, measure, serve, support
+from verbs import download, engine, look, make, measure, serve, support, switch
 
-MODULES = (make, download, serve, look, measure, engine, support)
+MODULES = (make, download, serve, switch, look, measure, engine, support)
 
 namespace = Collection(
     *(task for module in MODULES for task in Collection.from_module(module).tasks.values())

@@ -16,6 +16,7 @@ from stack.wait import StalledError, WaitTimeoutError, wait_until
 _tls = cache(tls)
 STALL_LIMIT_S = 120
 _GENERATE_LIMIT_S = 120
+_TELL_LIMIT_S = 3
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,16 @@ def metrics(session: httpx.Client) -> dict[str, float]:
         return {}
     lines = (line.split() for line in answer.text.splitlines() if line.startswith("llamacpp:"))
     return {name.removeprefix("llamacpp:"): float(value) for name, value in lines}
+
+
+def requests(server: Server) -> int | None:
+    """Return how many requests a server works on or has waiting; None where it does not tell."""
+    try:
+        with session(server, timeout_s=_TELL_LIMIT_S) as client:
+            told = metrics(client)
+        return int(told["requests_processing"] + told["requests_deferred"])
+    except (httpx.HTTPError, KeyError, ValueError):
+        return None
 
 
 def models(server: Server) -> Mapping[str, Any]:

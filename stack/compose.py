@@ -596,7 +596,7 @@ class Docker:
         """Stop and remove the service's container and gateway; return whether there was one."""
         there = self._there(service)
         if there:
-            self.compose("down", *there)
+            self.compose("down", "--timeout", f"{service.stop_grace_s:.0f}", *there)
         return bool(there)
 
     def _there(self, service: Service) -> list[str]:

@@ -187,14 +187,7 @@ def load(
         StackError: USAGE, with the line, for a setting or a file that cannot be taken.
 
     """
-    text = (root / "compose.yaml").read_text()
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = str(error).replace("\n", " ")
-        raise StackError(
-            f"compose.yaml cannot be read: {where}.", "Mend that line.", Code.USAGE
-        ) from error
+    text, raw = _compose_file(root)
     overlay = root / GATEWAY  # which the container that downloads models lacks
     variables = VARIABLE.finditer(text + (overlay.read_text() if overlay.exists() else ""))
     known = {"GLM_GATEWAY", *(match["name"] for match in variables)} - {None, *INTERNAL}
@@ -250,6 +243,24 @@ def _moved_engine(root: Path, pin: str | None) -> dict[str, str]:
         ) from error
     _log.warning("compose.yaml pins another engine since the last update; the pin counts.")
     return {}
+
+
+def changed(before: Project, **settings: str) -> Project:
+    """Return a project with some settings replaced, whatever a user set."""
+    merged = {**before.settings, **settings}
+    _, raw = _compose_file(before.root)
+    return project(before.root, interpolate(raw, merged), settings=merged)
+
+
+def _compose_file(root: Path) -> tuple[str, Any]:
+    text = (root / "compose.yaml").read_text()
+    try:
+        return text, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise StackError(
+            f"compose.yaml cannot be read: {where}.", "Mend that line.", Code.USAGE
+        ) from error
 
 
 def stand_ins(project: Project) -> dict[str, str]:

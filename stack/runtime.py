@@ -14,7 +14,7 @@ from stack.config import Project, Service
 from stack.engine_log import Allocation, allocation
 from stack.errors import Code, StackError
 from stack.gguf_header import Header
-from stack.host import Result, machine_lock, port_conflict
+from stack.host import Result, machine_lock, port_conflict, write_atomic
 from stack.native import Native
 from stack.server import Server
 
@@ -25,6 +25,9 @@ _PROOF_TOKENS = 32
 Progress = Callable[[str, int, int], None]
 """Receives what is being done, and how much of how much is done."""
 
+Phase = Callable[[str], contextlib.AbstractContextManager[object]]
+"""Is entered for the time of a named phase."""
+
 
 def silent(what: str, done: int, total: int) -> None:
     """Show nothing."""
@@ -34,6 +37,7 @@ class Runtime(Protocol):
     """What the Docker and the native runtime have in common."""
 
     name: str
+    project: Project
 
     def check(self) -> None:
         """Make sure that it can run anything at all."""
@@ -256,8 +260,11 @@ def prepare(
     *,
     stand_in: bool = False,
     progress: Progress = silent,
+    replacing: Server | None = None,
 ) -> Header:
     """Make sure that a service can start: GPU, port, model, memory, engine. Returns its header.
+
+    What the server that it is `replacing` holds of port and memory counts as free.
 
     Raises:
         StackError: by what is missing.
@@ -268,7 +275,12 @@ def prepare(
         chosen="GLM_GPU" in project.settings,
         toolkit=service.build_args.get("CUDA_VERSION", ""),
     )
-    if service.port and (holder := port_conflict(service.bind, service.port)):
+    held = replacing.port if replacing else None
+    if (
+        service.port
+        and service.port != held
+        and (holder := port_conflict(service.bind, service.port))
+    ):
         raise StackError(
             f"Port {service.port} on {holder.address} is taken by {holder.holder}.",
             f"Stop it, or set GLM_{service.quant.upper()}_PORT in .env to another.",
@@ -276,13 +288,21 @@ def prepare(
         )
     header = ensure_model(project, service, stand_in=stand_in, progress=progress)
     if service.gpus:  # before a build of half an hour, too
-        fit.check(service, header)
+        fit.check(service, header, fit.release(replacing) if replacing else None)
     ensure_engine(runtime, project, service, progress=progress)
     return header
 
 
-def launch(runtime: Runtime, service: Service, *, key: str) -> Up:
-    """Start a service that can start, wait for it, and prove it; stop it again where it fails.
+def launch(
+    runtime: Runtime,
+    service: Service,
+    *,
+    key: str,
+    phase: Phase = contextlib.nullcontext,
+) -> Up:
+    """Start a service that can start, wait for it, and prove it.
+
+    One that fails is stopped again, and the end of its log is kept in `.state`.
 
     Raises:
         StackError: LOAD or STALLED by `client.wait_ready`; VERIFY or ON_CPU by `prove`.
@@ -290,20 +310,22 @@ def launch(runtime: Runtime, service: Service, *, key: str) -> Up:
     """
     start = time.monotonic()
     try:
-        server = runtime.start(service, key=key)
-        client.wait_ready(server)
+        with phase("start"):
+            server = runtime.start(service, key=key)
+            client.wait_ready(server)
         ready_s = time.monotonic() - start
-        told = allocation(server.logs(_LOAD_LINES))
-        return Up(
-            server=server,
-            was_up=False,
-            ready_s=ready_s,
-            first=prove(server, told),
-            allocation=told,
-        )
+        with phase("prove"):
+            told = allocation(server.logs(_LOAD_LINES))
+            first = prove(server, told)
     except BaseException:
-        runtime.stop(service)
+        try:
+            if failed := runtime.find(service, key=key):
+                log = runtime.project.state / f"{service.name}.failed.log"
+                write_atomic(log, failed.logs(_LOAD_LINES), mode=0o600)
+        finally:
+            runtime.stop(service)
         raise
+    return Up(server=server, was_up=False, ready_s=ready_s, first=first, allocation=told)
 
 
 def prove(server: Server, told: Allocation) -> client.Completion:
@@ -328,11 +350,12 @@ def prove(server: Server, told: Allocation) -> client.Completion:
 def _generate(server: Server) -> client.Completion:
     """Ask for a few tokens. Raises StackError VERIFY where they do not come."""
     first = client.complete(server, "Hello", tokens=_PROOF_TOKENS)
-    if first.tokens == _PROOF_TOKENS and first.text.strip():
+    # One character over and over is what comes of weights or kernels that yield NaN.
+    if first.tokens == _PROOF_TOKENS and len(set(first.text.strip())) > 1:
         return first
     raise StackError(
-        f"{server.service.name} is up but generates {first.tokens} tokens of "
-        f"{_PROOF_TOKENS}: {first.text[:40]!r}.",
+        f"{server.service.name} is up but generates {first.tokens} of {_PROOF_TOKENS} tokens, "
+        f"{first.text[:20]!r}.",
         f"See `invoke logs --quant {server.service.quant}`.",
         Code.VERIFY,
     )
@@ -379,6 +402,17 @@ def differs(server: Server) -> str:
     )
 
 
+def alive(project: Project) -> list[tuple[Runtime, Server]]:
+    """Return the servers that run, loaded or not, in each runtime."""
+    runtimes = present(project)
+    return [
+        (runtime, server)
+        for service in project.services.values()
+        for runtime, server in servers_of(service, runtimes)
+        if server.ended() is None
+    ]
+
+
 def running(project: Project, quant: str | None) -> Server:
     """Return the running server of a quant, or the only one there is.
 
@@ -386,14 +420,8 @@ def running(project: Project, quant: str | None) -> Server:
         StackError: USAGE, when there is none, or several and no quant is named.
 
     """
-    services = [project.service(quant)] if quant else list(project.services.values())
-    runtimes = present(project)
-    found = [
-        server
-        for service in services
-        for _, server in servers_of(service, runtimes)
-        if server.ended() is None
-    ]
+    wanted = project.service(quant).quant if quant else None
+    found = [server for _, server in alive(project) if wanted in (None, server.service.quant)]
     if not found:
         raise StackError(
             f"{quant or 'No quant'} is not running.", "Start it with `invoke up`.", Code.USAGE

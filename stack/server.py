@@ -4,6 +4,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from stack.config import Service
 from stack.host import Process
@@ -52,3 +53,8 @@ class Server:
     """Says why an ended one is to stay as it is: somebody stopped it, or Docker will restart it."""
     image: str = ""
     """What it runs: the image with its id, or the folder of the native build."""
+
+    @property
+    def port(self) -> int | None:
+        """The port that it is reached at."""
+        return urlsplit(self.url).port

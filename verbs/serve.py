@@ -31,12 +31,13 @@ def up(
                 act.runtime, act.project, service, stand_in=stand_in, progress=act.progress
             )
             try:
-                _tell_up(act.project, done)
+                tell_up(act.project, done)
             except KeyboardInterrupt:  # too late to undo it; a second one ends the next quant
                 print(f"{service.name} is up.")
 
 
-def _tell_up(project: "Project", up: "Up") -> None:
+def tell_up(project: "Project", up: "Up") -> None:
+    """Say of a server what it is, how it is reached, and what can be done next."""
     from stack import runtime, status
 
     state, service = status.Looks(project).state(up.server), up.server.service

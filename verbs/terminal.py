@@ -39,8 +39,10 @@ HELP = {
     "host": "the name or address at which agents reach the server, asked there",
     "hang-up": "with questions: hang up on every so-manieth answer",
     "in-container": "with the Python of a container, as `docker compose run --rm models` does",
+    "drain": "seconds that running requests get to end",
     "duration": "seconds of each run, after its warm-up",
     "follow": "keep showing new lines until Ctrl-C",
+    "from": "the quant to replace, where several run",
     "goodput": "look for the most clients, or multiples of --rate, that meet the SLO",
     "interval": "seconds between looks",
     "json": "print JSON",
@@ -60,13 +62,15 @@ HELP = {
     "repeat": "runs of each load, in random order",
     "retire": "leave only the newest key valid, and restart what runs",
     "rotate": "put a new key before the old ones, which stay valid, and restart what runs",
+    "same-port": "serve on the port of the one that goes, so that no client need change",
     "seed": "of lengths, arrivals and the order of runs",
     "shared": "tokens of the common prefix",
     "slo": "the target: ttft=500,tpot=30 (ms), and share=0.95",
     "slots": "requests at the same time, in place of GLM_SLOTS",
     "stand-in": "use random weights of the model's full shape, made here, instead of its file",
     "sweep": "double the clients from 1 until the knee is behind",
-    "to": "a folder with llama.cpp, a release of its PyPI archive (0.3.36), or a ref of its git",
+    "to": "the quant to serve; with update, a folder with llama.cpp, a release of its PyPI archive "
+    "(0.3.36), or a ref of its git",
     "tokens": "the most tokens to answer with",
     "turns": "turns of a conversation",
     "update": "move the lock to the newest commit of the repository",
@@ -96,7 +100,7 @@ def task(function: Callable[..., None]) -> Any:
             raise Exit("Interrupted; what was begun is undone.", INTERRUPTED) from None
 
     names = inspect.signature(function).parameters
-    options = {name.replace("_", "-") for name in names}
+    options = {name.strip("_").replace("_", "-") for name in names}
     return invoke_task(
         body,
         help={option: text for option, text in HELP.items() if option in options},
@@ -126,14 +130,20 @@ def acting(
 ) -> Iterator[Acting]:
     """Hold the lock of the project, with a runtime for `verb` and bars, while the context lasts."""
     from stack import host, runtime
+
+    want = wanted(native=native, docker=docker)
+    project = read_project(stand_in=stand_in, **settings)
+    with host.lock(project.state, verb=verb), bars() as progress:
+        yield Acting(project, runtime.choose(project, want=want, progress=progress), progress)
+
+
+def wanted(*, native: bool, docker: bool) -> str | None:
+    """Return the runtime that was asked for. Raises StackError USAGE for both."""
     from stack.errors import Code, StackError
 
     if native and docker:
         raise StackError("--native and --docker exclude each other.", "Give one.", Code.USAGE)
-    want = "native" if native else "docker" if docker else None
-    project = read_project(stand_in=stand_in, **settings)
-    with host.lock(project.state, verb=verb), bars() as progress:
-        yield Acting(project, runtime.choose(project, want=want, progress=progress), progress)
+    return "native" if native else "docker" if docker else None
 
 
 @contextlib.contextmanager
@@ -221,4 +231,4 @@ def select(project: "Project", quant: list[str]) -> "list[Service]":
 
 def dump(values: list[dict[str, Any]]) -> str:
     """Write values as JSON for programs."""
-    return json.dumps(values, indent=1)
+    return json.dumps(values, indent=1, default=str)

@@ -302,15 +302,18 @@ def locked_by(deployment: Deployment, pid: int) -> None:
     )
 
 
-def interrupt(process: Started, *, when: Callable[[], object]) -> host.Result:
-    """Press Ctrl-C on a process once `when` is true, and return how it ended."""
+def interrupt(
+    process: Started, *, when: Callable[[], object], number: signal.Signals = signal.SIGINT
+) -> host.Result:
+    """Press Ctrl-C on a process once `when` is true, or signal it; return how it ended."""
     with process:
         wait_until(
             lambda: True if when() or process.poll() is not None else None,
             timeout_s=120,
+            interval_s=0.002,
             what="the moment to interrupt",
         )
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
         return host.Result(process.returncode, out, err)
 

@@ -103,9 +103,10 @@ def test_a_server_that_is_not_as_configured(props: dict[str, Any], words: str) -
     [
         {"error": "out of memory"},
         ANSWER | {"content": " \n"},
+        ANSWER | {"content": "!" * 32},
         ANSWER | {"timings": TIMINGS | {"predicted_n": 0}},
     ],
-    ids=["error", "blank", "too few"],
+    ids=["error", "blank", "not a number", "too few"],
 )
 def test_a_server_that_generates_nothing(answer: dict[str, Any]) -> None:
     with pytest.raises(StackError, match="generate") as caught:
