@@ -243,6 +243,10 @@ def _message(turn: Turn) -> dict[str, object]:
     return message
 
 
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def _hang_up(session: httpx.Client, question: Dialogue) -> None:
     """Begin a long answer as a stream, and end the connection at its first token."""
     body = body_of(question) | {"stream": True, "ignore_eos": True, "max_tokens": 512}
@@ -261,7 +265,7 @@ def _said(server: Server, session: httpx.Client, body: Mapping[str, object]) -> 
         ]
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise StackError(
-            f"{server.service.name} gave no whole answer: {error or type(error).__name__}.",
+            f"{server.service.name} gave no whole answer: {_line(error)}.",
             f"See `invoke logs --quant {server.service.quant}`.",
             Code.VERIFY,
         ) from error

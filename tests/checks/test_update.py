@@ -66,7 +66,7 @@ class Deployment:
         """Make the engine's source with a change: in what follows the sampling of a token."""
         tree = self.sources / name
         shutil.copytree(engine.source(self.pinned), tree, copy_function=os.symlink)
-        replace(tree / "LICENSE", "MIT License", f"MIT License ({name}, {self.folder})")
+        replace(tree / "LICENSE", "MIT License", f"MIT License ({name})")
         replace(tree / SERVER, SAMPLED, sampled)
         top = tree / "CMakeLists.txt"
         replace(top, "cmake_minimum_required", f"{TAKEN}cmake_minimum_required")
@@ -174,11 +174,16 @@ def test_engine_that_does_not_compile(deployment: Deployment) -> None:
 
 def test_engine_that_answers_wrong(deployment: Deployment) -> None:
     before, server = deployment.state(), deployment.server()
-    wrong = f"{SAMPLED}                id += id % 5 == 0 && id > 200;\n"
+    with client.session(server) as session:
+        seven, eight = (
+            session.post("/tokenize", json={"content": digit}).json()["tokens"][-1]
+            for digit in "78"
+        )
+    wrong = f"{SAMPLED}                if (id == {seven}) id = {eight};\n"
 
     done = deployment.invoke("update", "--to", deployment.source("wrong", sampled=wrong))
 
-    assert_refused(done, Code.VERIFY, "answers wrong", "right")
+    assert_refused(done, Code.VERIFY, "answers wrong: add")
     assert deployment.state() == before
     assert server.ended() is None
 
