@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 INTERRUPTED = 130
+PIPE_CLOSED = 141
 BRIEF_S = 2
 DRAWN_S = 0.1
 MANY = 1_000_000
@@ -96,6 +98,9 @@ def task(function: Callable[..., None]) -> Any:
             function(*args, **kwargs)
         except StackError as error:
             raise Exit(str(error), error.code) from None
+        except BrokenPipeError:  # whoever read us, as `head` does, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise Exit(code=PIPE_CLOSED) from None
         except KeyboardInterrupt:
             raise Exit("Interrupted; what was begun is undone.", INTERRUPTED) from None
 

@@ -183,7 +183,7 @@ def test_engine_that_answers_wrong(deployment: Deployment) -> None:
 
     done = deployment.invoke("update", "--to", deployment.source("wrong", sampled=wrong))
 
-    assert_refused(done, Code.VERIFY, "answers wrong: add")
+    assert_refused(done, Code.VERIFY, "answers wrong: ", "right")
     assert deployment.state() == before
     assert server.ended() is None
 

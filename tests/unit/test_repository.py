@@ -57,7 +57,7 @@ def test_packages_of_the_container_are_those_of_the_lock(tmp_path: Path) -> None
     assert again.splitlines()[2:] == pinned.splitlines()[2:]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/operate.md"])
 def test_documents_name_tasks_and_sessions_that_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     tasks = {
