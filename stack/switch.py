@@ -26,9 +26,9 @@ from stack.wait import WaitTimeoutError, wait_until
 _log = logging.getLogger(__name__)
 DRAIN_S = 30
 UNDER_WAY = "under way"
-# After a drain: a stream notices within a ping interval, 2 s. On a request without a stream that
-# came after the drain the engine hangs until it is killed, and every second of it is a gap.
-_GRACE_S = 5
+# What runs after the drain is cut off in any case. On a request without a stream the engine would
+# hang until it is killed, and each second of that is a gap. Idle, it ends within 0.2 s.
+_GRACE_S = 2
 
 
 @dataclass
@@ -291,9 +291,12 @@ def exchange(
         record.write(outcome="restored", cause=_cause(error))
         if not isinstance(error, Exception):
             raise
+        back = f"{old} serves again, after {record.gap_s:.1f} s."
         raise StackError(
-            f"{new} did not take over: {record.cause} {old} serves again, after {record.gap_s} s.",
-            getattr(error, "remedy", f"See {record.path}."),
+            f"{new} did not take over: {record.cause} {back}",
+            f"Its log is kept in {record.path.parent / new.service.name}.failed.log."
+            if "start" in record.seconds
+            else getattr(error, "remedy", f"See {record.path}."),
             Code.RESTORED,
         ) from error
     record.write(outcome="switched")
