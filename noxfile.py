@@ -119,7 +119,7 @@ def client(session: nox.Session) -> None:
 
 @nox.session
 def requests(session: nox.Session) -> None:
-    """Check that hostile requests, and clients and servers that vanish, harm nobody else."""
+    """Check that hostile requests, and too many or too long ones, harm nobody else."""
     _pytest(session, "tests/checks/test_requests.py", *session.posargs)
 
 
@@ -139,6 +139,18 @@ def watch(session: nox.Session) -> None:
 def switch(session: nox.Session) -> None:
     """Check that one server takes another's place, or the other serves on, whatever fails."""
     _pytest(session, "tests/checks/test_switch.py", *session.posargs)
+
+
+@nox.session
+def crashes(session: nox.Session) -> None:
+    """Check that servers and clients that vanish leave nobody in the dark, and nothing behind."""
+    _pytest(session, "tests/checks/test_crashes.py", *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Check that a server under mixed load keeps memory, speed, files and threads (--minutes)."""
+    _pytest(session, "tests/checks/test_soak.py", *session.posargs)
 
 
 @nox.session

@@ -548,7 +548,10 @@ class Docker:
             gateway=front is not None,
             processes=tuple(process for process in processes if process),
             logs=lambda lines: container.logs(tail=lines).decode(errors="replace"),
-            ended=lambda: _ended(container, restarts) or (_gateway_ended(front) if front else None),
+            ended=lambda: (
+                _ended(self.client, container, restarts)
+                or (_gateway_ended(self.client, front) if front else None)
+            ),
             rests=lambda: _rests(self.client, container),
             restarts=restarts,
             image=f"{service.image} {container.attrs['Image'].removeprefix('sha256:')[:12]}",
@@ -609,9 +612,9 @@ def gateway(service: Service) -> str:
     return f"gateway-{service.quant}"
 
 
-def _gateway_ended(container: "Container") -> str | None:
+def _gateway_ended(client: "DockerClient", container: "Container") -> str | None:
     """Say how a gateway ended and why, or None."""
-    how = _ended(container, container.attrs["RestartCount"])
+    how = _ended(client, container, container.attrs["RestartCount"])
     if how is None:
         return None
     lines = container.logs(tail=50).decode(errors="replace").splitlines()
@@ -636,7 +639,7 @@ def _said(*arguments: str) -> str:
     return "" if done.status else done.stdout.strip()
 
 
-def _ended(container: "Container", restarts: int) -> str | None:
+def _ended(client: "DockerClient", container: "Container", restarts: int) -> str | None:
     """Say how a container ended, or None; one brought back by its restart policy ended too."""
     import docker  # noqa: PLC0415
 
@@ -647,9 +650,21 @@ def _ended(container: "Container", restarts: int) -> str | None:
     state: dict[str, Any] = container.attrs["State"]
     if state["Status"] == "running" and container.attrs["RestartCount"] == restarts:
         return None
-    if state["OOMKilled"]:
-        return f"was killed by its memory limit (exit {state['ExitCode']})"
-    return f"ended (exit {state['ExitCode']}) {state['Error']}".strip()
+    oom, code = state["OOMKilled"], state["ExitCode"]
+    if state["Status"] == "running":  # the state is that of the new run
+        oom, code = _last_end(client, container)
+    if oom:
+        return f"was killed by its memory limit (exit {code})"
+    return f"ended (exit {code}) {state['Error']}".strip()
+
+
+def _last_end(client: "DockerClient", container: "Container") -> tuple[bool, str]:
+    """Return whether a container that was brought back hit its memory limit, and its exit code."""
+    filters = {"container": container.id, "event": ["die", "oom"]}
+    until = int(time.time()) + 1  # that second is waited for
+    told = list(client.events(since=0, until=until, decode=True, filters=filters))
+    codes = [event["Actor"]["Attributes"].get("exitCode", "unknown") for event in told]
+    return "oom" in {event["Action"] for event in told[-2:]}, codes[-1] if codes else "unknown"
 
 
 def _rests(client: "DockerClient", container: "Container") -> str | None:

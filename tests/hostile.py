@@ -100,9 +100,9 @@ MESSAGES = b'{"messages": %s, "max_tokens": 1}'
 CONTENT = MESSAGES % b'[{"role": "user", "content": "%s"}]'
 DEEP_SCHEMA = (
     '{"type": "json_schema", "json_schema": {"name": "x", "schema": '
-    + '{"type": "array", "items": ' * 10_000
+    + '{"type": "array", "items": ' * 100_000
     + '{"type": "string"}'
-    + "}" * 10_002
+    + "}" * 100_002
 )
 
 PARSE = "what is no JSON is answered 500, on purpose (llama.cpp#5961)"
@@ -152,7 +152,7 @@ CASES = (
     Hostile("R8", "nesting 10,000 deep in messages", of(MESSAGES % nested(10_000).encode())),
     Hostile(
         "R8",
-        "nesting 10,000 deep in a schema",
+        "nesting 100,000 deep in a schema",
         fields(("response_format", DEEP_SCHEMA)),
         found="died",
         why=DEEP,

@@ -68,16 +68,14 @@ class Ledger:
         (folder / f"{self.session}.cases.json").write_text(json.dumps(rows, indent=1) + "\n")
 
     def record(self, engine: str) -> None:
-        """Put the rows in the place of the session's former ones, and make the page anew.
+        """Put the rows in the place of the cases' former ones, and make the page anew.
 
         Raises ValueError where one failed: that is no record of what holds.
         """
         if failed := [each.case for each in self.rows if each.failed]:
             raise ValueError(f"not recorded, since these failed: {', '.join(failed)}")
-        targets = {each.target for each in self.rows}
-        kept = [
-            each for each in read() if each.session != self.session or each.target not in targets
-        ]
+        new = {(each.session, each.case, each.target) for each in self.rows}
+        kept = [each for each in read() if (each.session, each.case, each.target) not in new]
         rows = [asdict(each) for each in sorted([*kept, *self.rows], key=_order)]
         RECORD.write_text(json.dumps({"engine": engine, "rows": rows}, indent=1) + "\n")
         PAGE.write_text(page())

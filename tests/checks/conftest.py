@@ -53,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--attach", metavar="URL", help="check a server that runs already")
     group.addoption("--evidence", type=Path, help="a folder for what was measured, as JSON")
     group.addoption("--key-file", type=Path, help="the attached server's key")
+    group.addoption("--minutes", type=float, default=0.5, help="of a soak, for each target")
     group.addoption("--record", action="store_true", help="make the record of what is found")
 
 

@@ -5,8 +5,10 @@ What the pinned engine does not hold is recorded by name, in `tests/hostile.py` 
 
 import signal
 import socket
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from stack import client, runtime
+from bench import generator
+from bench.prompts import Spread
+from stack import client, config, runtime
 from stack.compose import Docker
 from stack.config import Project, Service
 from stack.errors import StackError
@@ -22,7 +26,7 @@ from stack.host import Process
 from stack.runtime import Runtime
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
-from tests import hostile
+from tests import hostile, workspace
 from tests.checks.conftest import Target
 from tests.hostile import Hostile
 from tests.ledger import Ledger
@@ -30,13 +34,19 @@ from tests.vitals import Vitals
 
 CPU_S = 5
 """What a server may spend on a hostile request: a busy machine takes no more of that."""
-WALL_S = 60
+WALL_S = 120
 TICK_S = 0.05
 CRASH_S = 3
 """How long a crash may take to show after the connection broke."""
 HEAVY_MIB = 2048
 """More than this for one request is too much."""
 SWOLLEN_MIB = 256
+NARROW = 1024
+OVER = "exceed_context_size_error"
+SHARED = (
+    "where the cache that slots share runs out, the engine ends every request in it "
+    "(llama.cpp#23652); private caches (`LLAMA_ARG_KV_UNIFIED=0`) do not run out"
+)
 
 
 @dataclass
@@ -165,3 +175,89 @@ def test_hostile_request(ward: Ward, target: Target, ledger: Ledger, case: Hosti
             row.inputs += 1
         row.found, row.why = " ".join(sorted(found)), case.why
         assert row.found == case.found, "another outcome than recorded in tests/hostile.py"
+
+
+LENGTHS = ("the context exactly", "one token less", "one token more", "ten times the context")
+
+
+@pytest.fixture(scope="module")
+def narrow(
+    request: pytest.FixtureRequest,
+    target: Target,
+    service: Service,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """A server of the tiny model with a context that is soon full."""
+    if target.runtime == "attached" or service.quant != "tiny":
+        pytest.skip("shown with the tiny model")
+    folder = workspace.make(tmp_path_factory.mktemp("narrow"))
+    compose = folder / "compose.yaml"
+    text = compose.read_text().replace('CTX_SIZE: "8192"', f'CTX_SIZE: "{NARROW}"')
+    compose.unlink()
+    compose.write_text(text)
+    project = config.load(folder, overrides={"GLM_TINY_PORT": ""})
+    engine = runtime.choose(project, want=request.getfixturevalue("engine").name)
+    with runtime.serving(engine, project, project.service("tiny")) as up:
+        assert up.server.service.context == NARROW
+        yield up.server
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prompt_as_long_as(narrow: Server, target: Target, ledger: Ledger, length: str) -> None:
+    tokens = dict(zip(LENGTHS, (NARROW, NARROW - 1, NARROW + 1, 10 * NARROW), strict=True))
+    fits = length == "one token less"
+    expected = "one token, then `length`" if fits else "400 with the two counts, in 5 s"
+    with ledger.trying("R6", f"prompt of {length}", expected=expected, target=target) as row:
+        row.inputs = 1
+        body = {"prompt": [1] * tokens[length], "n_predict": 10, "ignore_eos": True}
+        with client.session(narrow, timeout_s=WALL_S) as session:
+            answer = session.post(hostile.RAW, json=body)
+        told = answer.json()
+        if fits:
+            assert (answer.status_code, told["stop_type"]) == (200, "limit")
+        else:
+            assert (answer.status_code, told["error"]["type"]) == (400, OVER)
+            assert str(tokens[length]) in told["error"]["message"]
+        assert answers_others(narrow)
+        row.found = "as expected"
+
+
+def test_many_more_clients_than_slots_are_all_served_in_turn(
+    ward: Ward, target: Target, ledger: Ledger
+) -> None:
+    expected = "every one gets its whole answer; the longest wait is within 3 times the median"
+    server = ward.well()
+    many = 8 * server.service.slots
+    load = generator.Load(clients=many, duration_s=8, warmup_s=2, output=Spread(24, 32))
+    with ledger.trying("R14", "8 clients a slot", expected=expected, target=target) as row:
+        records = [each for each in generator.run(server, load).records if not each.cut]
+        row.inputs = len(records)
+        assert [each.detail for each in records if each.error] == []
+        later = [each for each in records if each.number >= many]  # the first wave never waits
+        waits = [each.answer_ns - each.sent_ns for each in later if each.answer_ns]
+        assert len(waits) == len(later) > 0
+        assert max(waits) < 3 * statistics.median(waits)
+        row.found = "as expected"
+
+
+def test_shared_cache_that_runs_out(narrow: Server, target: Target, ledger: Ledger) -> None:
+    """Each prompt fits alone; with their answers they do not fit together."""
+    expected = "the newest alone fails, with a clear error"
+    share = NARROW * 6 // 10
+    with ledger.trying(
+        "R15", "4 prompts of 60 % of the context", expected=expected, target=target
+    ) as row:
+        prompts = [[1 + number] * share for number in range(4)]
+
+        def post(prompt: list[int]) -> int:
+            body = {"prompt": prompt, "n_predict": 4, "ignore_eos": True, "cache_prompt": False}
+            with client.session(narrow, timeout_s=WALL_S) as session:
+                return session.post(hostile.RAW, json=body).status_code
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            statuses = sorted(pool.map(post, prompts))
+        row.inputs = len(prompts)
+        row.found, row.why = "several fail with 500", SHARED
+        assert statuses.count(500) > 1
+        assert set(statuses) <= {200, 500}
+        assert answers_others(narrow)

@@ -17,6 +17,12 @@ def test_what_a_hostile_request_finds_is_in_the_record(case: hostile.Hostile) ->
     assert found == (case.found, case.why)
 
 
+def test_record_has_no_hostile_request_that_is_not_sent() -> None:
+    sent = {case.name for case in hostile.CASES}
+
+    assert {row.case for row in ledger.read() if row.row in {"R8", "R9", "R10"}} == sent
+
+
 @pytest.mark.parametrize("case", hostile.CASES, ids=lambda case: case.name)
 def test_unexpected_outcome_has_a_reason(case: hostile.Hostile) -> None:
     assert not case.unexpected or case.why
