@@ -69,13 +69,14 @@ def wait_ready(server: Server, *, stall_s: float = STALL_LIMIT_S) -> None:
     """
 
     def ready() -> bool | None:
+        word = health(server)  # first: the one that answers may have been brought back meanwhile
         if how := server.ended():
             raise StackError(
                 f"{server.service.name} {how} while it loaded. {evidence(server)}",
                 _see_log(server),
                 Code.LOAD,
             )
-        return True if health(server) == "ready" else None
+        return True if word == "ready" else None
 
     def activity() -> tuple[object, ...]:
         return (*map(Process.activity, server.processes), server.logs(5))

@@ -136,4 +136,4 @@ def key(_: Context, quant: list[str], rotate: bool = False, retire: bool = False
             print("A new key is first in the file; the old one opens too, until")
             print("  uv run invoke key --retire")
         else:
-            print(f"{dropped} old keys no longer open." if dropped else "There was no old key.")
+            print(f"Old keys that no longer open: {dropped}.")

@@ -222,7 +222,9 @@ def test_key_is_changed_while_both_open(runnable: Service, engine: Runtime, tmp_
         newest = keys.read(service)
         assert opened(up.server, old, new, newest) == [True, True, True]
 
-        assert "2 old keys" in cli(folder, "key", "--quant", service.quant, "--retire").stdout
+        assert (
+            "no longer open: 2" in cli(folder, "key", "--quant", service.quant, "--retire").stdout
+        )
         assert opened(up.server, old, new, newest) == [False, False, True]
 
 
