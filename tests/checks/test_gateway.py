@@ -400,6 +400,10 @@ def test_own_host_names_and_addresses_pass(server: Server, name: str) -> None:
     assert ask(server.url, asked).status == 200
 
 
+def test_head_of_over_16_kib_is_refused(server: Server) -> None:
+    assert ask(server.url, head("GET /health", X="x" * 17000)).status == 400
+
+
 def test_request_that_is_read_two_ways_is_refused(server: Server) -> None:
     twice = head(key=server.key, Content_Length=4).replace(
         b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n"

@@ -106,7 +106,10 @@ def test_key_in_the_address_opens_nothing(server: Server) -> None:
 
 @pytest.mark.parametrize("end", ["\n", "\n ", "\0", "\r"], ids=repr)
 def test_key_with_a_line_break_is_no_request(server: Server, end: str) -> None:
-    assert raw(server, f"Authorization: Bearer {server.key}{end}") == ("400", b"")
+    status, told = raw(server, f"Authorization: Bearer {server.key}{end}")
+
+    assert status == "400"
+    assert len(told) < 100  # the gateway has words for it, the server none
 
 
 def test_key_longer_than_a_header_may_be_is_no_request(server: Server) -> None:
