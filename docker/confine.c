@@ -57,14 +57,20 @@ static int fail(const char *what)
     return 127;
 }
 
-// Runs in PID 1: gives the child every signal, and ends as it does.
+// Half of the time that compose.yaml gives it: what has begun to end takes two seconds.
+#define AGAIN_S 8
+
+// Runs in PID 1: gives the child every signal, and ends as it does. The engine's handler of SIGTERM may wait for a lock
+// that the thread it interrupts holds, for ever: a second one ends it at once.
 static int lead(pid_t child, const sigset_t *all)
 {
     for (;;) {
         int number, status;
         sigwait(all, &number);
+        if (number == SIGTERM)
+            alarm(AGAIN_S);
         if (number != SIGCHLD)
-            kill(child, number);
+            kill(child, number == SIGALRM ? SIGTERM : number);
         else
             for (pid_t ended; (ended = waitpid(-1, &status, WNOHANG)) > 0;)
                 if (ended == child)

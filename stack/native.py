@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 TARGETS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-fit-params")
 _LISTEN_LIMIT_S = 60
 _PID_S = 1
-_SECOND_TERM_S = 5
+_AGAIN_S = 8  # as docker/confine.c
 _KILL_S = 10
 
 
@@ -257,12 +257,13 @@ class Native:
     def stop(self, service: Service) -> bool:
         """Stop the service's process; return whether it was running.
 
-        A second SIGTERM makes the server drop its requests, SIGKILL ends one that hangs.
+        The server's handler of SIGTERM may wait for ever for a lock that the thread it interrupts
+        holds; a second one ends it at once, SIGKILL what hangs otherwise.
         """
         server = self.find(service, key="")
         running = server is not None and server.ended() is None
         if server and running:
-            limits = (service.stop_grace_s, _SECOND_TERM_S, _KILL_S)
+            limits = (_AGAIN_S, service.stop_grace_s - _AGAIN_S, _KILL_S)
             numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
             for number, limit_s in zip(numbers, limits, strict=True):
                 server.processes[0].signal_group(number)

@@ -32,12 +32,6 @@ LONG = 1000 * "a "
 GROWTH_MIB = 64
 IDLE_S = 5
 QUESTIONS = {"repeat": 4, "add": 4, "next": 4}
-STOP_S = 10
-"""What Docker, or a second SIGTERM, takes beyond the grace."""
-DEADLOCK = (
-    "the engine's signal handler takes a lock that the thread it interrupts may hold; the second "
-    "SIGTERM of a native stop, or the end of Docker's grace, ends it"
-)
 
 
 @dataclass
@@ -121,16 +115,18 @@ def struck(patient: Patient, moment: str, number: signal.Signals) -> list[str]:
 
 
 def test_terminated_in_mid_stream(patient: Patient, target: Target, ledger: Ledger) -> None:
-    expected = "each answer is whole or an error; it ends by itself within its grace"
+    expected = "each answer is whole or an error; it ends within its grace, not killed"
     with ledger.trying("R2", "SIGTERM in mid-stream", expected=expected, target=target) as row:
         with clients.asking(patient.server, ["hello"] * CLIENTS, tokens=TOKENS) as (asking, ends):
             wait_until(
                 lambda: all(each.begun for each in asking) or None, timeout_s=60, what="not begun"
             )
-            terminate(patient)
+            assert terminate(patient) < patient.service.stop_grace_s
             row.inputs = len(ends())
         assert set(ends()) <= {"whole", "cut", "error"}
-        row.found, row.why = "most times; else it is killed at the end of its grace", DEADLOCK
+        row.found = (
+            "as expected; where the engine's own handler hangs, by a second SIGTERM after 8 s"
+        )
 
 
 def test_terminated_while_it_loads(patient: Patient, target: Target, ledger: Ledger) -> None:
@@ -144,13 +140,11 @@ def test_terminated_while_it_loads(patient: Patient, target: Target, ledger: Led
 
 
 def terminate(patient: Patient) -> float:
-    """Stop it as its runtime does; return how long that took, at most its grace and a second."""
+    """Stop it as its runtime does; return how long that took: a kill comes after the grace."""
     start = time.monotonic()
     patient.engine.stop(patient.service)
-    took_s = time.monotonic() - start
     assert patient.server.ended()
-    assert took_s < patient.service.stop_grace_s + STOP_S
-    return took_s
+    return time.monotonic() - start
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
