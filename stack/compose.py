@@ -212,8 +212,12 @@ class Docker:
         write_atomic(self.provenance_file(service), json.dumps(record, indent=1))
 
     def provenance_file(self, service: Service) -> Path:
-        """Return where the record of the last build of the service's image is kept."""
-        return self.project.state / "images" / f"{service.image.replace(':', '-')}.json"
+        """Return where the record of the build of the service's present image is kept.
+
+        By the image's id, since an update gives an image other names.
+        """
+        image = (self.image_id(service.image) or "none").rpartition(":")[2]
+        return self.project.root / Project.state_folder / "images" / f"{image[:12]}.json"
 
     def _names(self, service: Service) -> tuple[str, ...]:
         """Return the Compose services that serve a quant."""

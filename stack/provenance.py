@@ -4,10 +4,11 @@ It is not signed: it tells what this machine did to who trusts this machine.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
-from stack.config import Project, Service
+from stack.config import Engine, Project, Service
 
 BUILD_TYPE = "https://docs.docker.com/build/"
 
@@ -37,10 +38,7 @@ def statement(
                 "buildType": BUILD_TYPE,
                 "externalParameters": {"dockerfile": "Dockerfile", "args": {**service.build_args}},
                 "resolvedDependencies": [
-                    {
-                        "uri": f"git+{engine.repository}@{engine.commit}",
-                        "digest": {"gitCommit": engine.commit},
-                    },
+                    _source(engine),
                     {"uri": f"docker-image://{base[0]}", "digest": _digest(base[1])},
                     *(_file(path) for path in sorted(folder.iterdir()) if path.is_file()),
                 ],
@@ -51,6 +49,14 @@ def statement(
             },
         },
     }
+
+
+def _source(engine: Engine) -> dict[str, Any]:
+    """Describe the engine's source; that of a folder is no commit of any repository."""
+    if not re.fullmatch(r"[0-9a-f]{40}", engine.commit):
+        return {"uri": f"urn:glm-engine:{engine.commit}"}
+    uri = f"git+{engine.repository}@{engine.commit}"
+    return {"uri": uri, "digest": {"gitCommit": engine.commit}}
 
 
 def _digest(identity: str) -> dict[str, str]:

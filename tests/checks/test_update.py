@@ -216,6 +216,8 @@ def test_moved_and_back(deployment: Deployment) -> None:
     assert runtime.native(moved).built(moved.service("tiny"))
     assert moved.engine.commit in client.props(deployment.server())["build_info"]
     state = deployment.state()
+    built = Docker(moved).provenance_file(moved.service("tiny")).read_text()
+    assert json.loads(built)["subject"][0]["digest"]["sha256"] in str(state[1])
     assert state[1:4] == (state[1], before[1], None)
     assert state[1] != before[1]
     assert state[4] == before[4]
