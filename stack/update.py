@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, Self
 
 from stack import client, config, engine, gpu, host, runtime
@@ -96,16 +97,18 @@ def update(
         raise StackError(
             "GLM_ENGINE_SOURCE fixes the engine's source.", "Take it out of .env.", Code.USAGE
         )
-    found = engine.fetch(
-        project, wanted, progress=lambda done, all_: progress("source", done, all_)
-    )
-    before = _current(project)
+    before, pin = _current(project), config.pinned(project.root)
+    if wanted == pin.commit:  # has sources of its own, also where its git is out of reach
+        found = pin
+    else:
+        found = engine.fetch(project, wanted, progress=partial(progress, "source"))
     if found.commit == project.engine.commit:
         return Moved(before, _read(project)[1])
     beside, places = _beside(project, found, _CANDIDATE), _places(project)
     with _Transaction(project, before, progress) as move, _cleaned(beside):
         for place in places:
-            runtime.build(_in(beside, place, progress), beside, place.service, progress=progress)
+            where, service = _in(beside, place, progress), _of(beside, place)
+            runtime.build(where, beside, service, progress=progress)
         proofs = {each.name: move.prove(beside, each, answers) for each in places}
         entry = Entry(found.commit, found.build, wanted, _images(beside, places), proofs)
         return move.to(entry)

@@ -271,7 +271,7 @@ def test_interrupted_in_the_take_over(deployment: Deployment, moment: str) -> No
 def broken(docker: Docker, name: str) -> Iterator[None]:
     """Put an image with the same labels that serves nothing in the place of another."""
     kept = docker.image_id(name)
-    lines = f'FROM {kept}\nENTRYPOINT ["/app/probe"]\n'
+    lines = f'FROM {kept}\nENTRYPOINT ["/app/confine", "/app/nothing"]\n'
     docker.client.images.build(fileobj=BytesIO(lines.encode()), tag=name)
     try:
         yield
@@ -300,6 +300,14 @@ def test_neither_engine_serves(deployment: Deployment) -> None:
 
     assert_refused(done, Code.DARK, "does not serve either")
     assert deployment.invoke("up", "--docker").status == 0
+
+
+def test_pinned_engine_by_its_commit(deployment: Deployment) -> None:
+    """It has a source also where its git is out of reach."""
+    done = deployment.invoke("update", "--to", deployment.pinned.engine.commit)
+
+    assert done.status == 0, done
+    assert deployment.project.engine == deployment.pinned.engine
 
 
 def test_earlier_engine_that_is_gone(deployment: Deployment) -> None:
