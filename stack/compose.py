@@ -556,7 +556,8 @@ class Docker:
                 _ended(self.client, container, restarts)
                 or (_gateway_ended(self.client, front) if front else None)
             ),
-            rests=lambda: _rests(self.client, container),
+            restarting=container.attrs["State"]["Status"] == "restarting",
+            stopped=lambda: _stopped(self.client, container),
             restarts=restarts,
             image=f"{service.image} {container.attrs['Image'].removeprefix('sha256:')[:12]}",
         )
@@ -671,16 +672,15 @@ def _last_end(client: "DockerClient", container: "Container") -> tuple[bool, str
     return "oom" in {event["Action"] for event in told[-2:]}, codes[-1] if codes else "unknown"
 
 
-def _rests(client: "DockerClient", container: "Container") -> str | None:
-    """Say why an ended container is to stay so. The engine forgets a `docker stop` when it ends."""
-    state = container.attrs["State"]
-    if state["Status"] == "restarting":
-        return "Docker is about to start it again"
-    until = int(time.time()) + 1
+def _stopped(client: "DockerClient", container: "Container") -> bool:
+    """Return whether `docker stop` ended it, by the engine's last 256 events, health checks too."""
     stops = client.events(
-        since=0, until=until, decode=True, filters={"container": container.id, "event": "stop"}
+        since=0,
+        until=int(time.time()) + 1,
+        decode=True,
+        filters={"container": container.id, "event": "stop"},
     )
-    return "was stopped by `docker stop`" if any(stops) else None
+    return any(stops)
 
 
 def _knock() -> None:

@@ -49,8 +49,10 @@ class Server:
     """Whether a gateway stands before it."""
     restarts: int = 0
     """How often it was brought back after a crash."""
-    rests: Callable[[], str | None] = lambda: None
-    """Says why an ended one is to stay as it is: somebody stopped it, or Docker will restart it."""
+    restarting: bool = False
+    """Ended, and Docker is about to start it again."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether somebody ended it with `docker stop`, as far as the engine remembers."""
     image: str = ""
     """What it runs: the image with its id, or the folder of the native build."""
 

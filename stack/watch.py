@@ -65,6 +65,8 @@ class Case:
     docker: int = 0
     """Restarts by Docker that are counted already."""
     restarts: list[float] = field(default_factory=list)
+    stopped: bool = False
+    """Somebody ended it with `docker stop`."""
     wanted: bool = False
     """A restart removed it and has not brought it back."""
     gave_up: str = ""
@@ -86,18 +88,32 @@ class Watch:
         self.project, self.services, self.limits = project, services, limits
         self._folder = project.state / "watch"
         self._looks = Looks(project)
+        self._told: dict[tuple[str, str], str] = {}
 
     def look(self) -> Iterator[Event]:
         """Look once at each server; restart what is due. Yields what was done."""
-        cases, runtimes = read(self.project), runtime.present(self.project)
+        cases = read(self.project)
+        try:
+            runtimes = runtime.present(self.project)
+        except StackError as error:  # native servers are watched all the same
+            runtimes = [runtime.native(self.project)]
+            yield from self._once("all", "Docker", error.cause)
         for service in self.services:
             for where in runtimes:
-                name = f"{service.quant} {where.name}"
-                case = cases.setdefault(name, Case())
-                for what in self._look(where, service, case):
-                    self._save(cases)  # before the next act, whatever becomes of this process
-                    yield Event(service.quant, where.name, what)
+                case = cases.setdefault(f"{service.quant} {where.name}", Case())
+                try:
+                    for what in self._look(where, service, case):
+                        self._save(cases)  # before the next act, whatever becomes of this process
+                        yield Event(service.quant, where.name, what)
+                except OSError as error:  # all errors of Docker's SDK: gone between two questions
+                    yield from self._once(service.quant, where.name, f"unseen: {error}")
         self._save(cases)
+
+    def _once(self, quant: str, where: str, what: str) -> Iterator[Event]:
+        """Tell what lasts only when it begins, or changes."""
+        if self._told.get((quant, where)) != what:
+            self._told[quant, where] = what
+            yield Event(quant, where, what)
 
     def _save(self, cases: dict[str, Case]) -> None:
         kept = {name: asdict(case) for name, case in cases.items() if case != Case()}
@@ -131,7 +147,10 @@ class Watch:
 
     def _trouble(self, server: Server, case: Case, now: float) -> _Trouble | None:
         """Say what is wrong with a server, if anything that this may mend."""
-        if server.ended() is not None and server.rests():
+        ended = server.ended() is not None
+        # A restart of ours that was interrupted looks like a `docker stop`, which Docker forgets.
+        case.stopped = ended and not case.wanted and (case.stopped or server.stopped())
+        if case.stopped or server.restarting:
             return None
         state = self._looks.state(server, stuck_s=self.limits.stuck_s)
         silent = _Trouble(f"it is {state.state}", self.limits.silent_s)

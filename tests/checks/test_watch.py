@@ -132,6 +132,10 @@ def watched(request: pytest.FixtureRequest, tmp_path: Path, faults: Path) -> Ite
     chosen.stop(watched.service)
 
 
+# The runtime makes no difference to what these check.
+NATIVE = pytest.mark.parametrize("watched", ["native"], indirect=True)
+
+
 @contextlib.contextmanager
 def watching(watched: Watched, *, limit_s: float = LIMIT_S) -> Iterator[Started]:
     """Run `invoke watch` while the context lasts; it must end as asked, and say no error."""
@@ -206,6 +210,7 @@ def test_load_that_moves_is_never_ended(watched: Watched) -> None:
             assert watched.stays(1, pid), watched.said
 
 
+@NATIVE
 def test_load_that_stalls_is_restarted(watched: Watched) -> None:
     with watched.fault("stall") as flag:
         watched.runtime.start(watched.service, key=_key(watched))
@@ -247,6 +252,7 @@ def test_busy_server_is_left_alone(watched: Watched) -> None:
     assert (state.state, state.running, state.waiting) == ("busy", 4, 2)
 
 
+@NATIVE
 def test_server_that_decodes_nothing_is_restarted_though_its_health_is_good(
     watched: Watched,
 ) -> None:
@@ -262,6 +268,7 @@ def test_server_that_decodes_nothing_is_restarted_though_its_health_is_good(
     assert watched.answers()
 
 
+@NATIVE
 def test_server_that_fails_every_request_is_restarted_though_its_health_is_good(
     watched: Watched,
 ) -> None:
@@ -290,6 +297,7 @@ def bad_requests(server: Server) -> None:
             assert session.post("/completion", json={"prompt": [5] * 9000}).is_error
 
 
+@NATIVE
 def test_mistakes_of_clients_cost_no_cached_prompt(watched: Watched) -> None:
     watched.up()
     pid, prompt = watched.pid, {"prompt": list(range(5, 500)), "n_predict": 1}
@@ -345,6 +353,21 @@ def test_end_in_good_order(watched: Watched, end: str) -> None:
     assert watched.said == []
 
 
+@NATIVE
+def test_restart_that_was_interrupted_is_taken_up_again(watched: Watched) -> None:
+    watched.up()
+    pid = watched.pid
+    with watching(watched) as process:
+        os.kill(pid, signal.SIGKILL)
+        watched.until("restart 1 of 3")
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE_S)
+    with watching(watched):
+        watched.until("serves again")
+    assert watched.answers()
+
+
+@NATIVE
 def test_look_on_a_timer(watched: Watched) -> None:
     watched.up()
     with workspace.invoke(watched.folder, "watch", "--once") as process:
@@ -353,6 +376,7 @@ def test_look_on_a_timer(watched: Watched) -> None:
     assert (process.returncode, out, err) == (0, "", "")
 
 
+@NATIVE
 def test_second_watch_is_refused(watched: Watched) -> None:
     with watching(watched), workspace.invoke(watched.folder, "watch", "--once") as process:
         _, err = process.communicate(timeout=PATIENCE_S)

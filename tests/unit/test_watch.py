@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import docker
 from stack import config, gpu, host, runtime, watch
 from stack.errors import Code, StackError
 from stack.server import Server
@@ -170,6 +171,44 @@ def test_taken_down_after_a_failed_restart_stays_down(scene: Scene) -> None:
 
     assert scene.look() == []
     assert scene.restarted == 1
+
+
+@pytest.mark.parametrize(("wanted", "restarts"), [(False, 0), (True, 1)])
+def test_what_somebody_stopped_stays_stopped_unless_it_was_the_watch(
+    scene: Scene, *, wanted: bool, restarts: int
+) -> None:
+    server = scene.server
+    assert server
+    case = {"tiny native": {"wanted": wanted}}
+    host.write_atomic(scene.project.state / "watch.json", json.dumps(case))
+    scene.server = replace(server, ended=lambda: "ended", stopped=lambda: True)
+    scene.look()
+    if scene.server:  # the engine forgets
+        scene.server = replace(scene.server, stopped=lambda: False)
+
+    scene.look()
+
+    assert scene.restarted == restarts
+
+
+def test_what_docker_is_about_to_start_is_left_to_it(scene: Scene) -> None:
+    server = scene.server
+    assert server
+    scene.server = replace(server, ended=lambda: "ended (exit 137)", restarting=True)
+
+    assert scene.look() == []
+
+
+def test_container_that_goes_away_under_its_eyes_is_no_end(scene: Scene) -> None:
+    server = scene.server
+    assert server
+
+    def gone(_: int) -> str:
+        raise docker.errors.NotFound("No such container")
+
+    scene.server = replace(server, ended=lambda: "ended", logs=gone)
+
+    assert scene.look() == ["unseen: No such container"]
 
 
 def test_lost_gpu_is_told_and_not_restarted(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
