@@ -308,7 +308,8 @@ def launch(
         StackError: LOAD or STALLED by `client.wait_ready`; VERIFY or ON_CPU by `prove`.
 
     """
-    start = time.monotonic()
+    start, log = time.monotonic(), failed_log(runtime, service)
+    log.unlink(missing_ok=True)
     try:
         with phase("start"):
             server = runtime.start(service, key=key)
@@ -320,12 +321,16 @@ def launch(
     except BaseException:
         try:
             if failed := runtime.find(service, key=key):
-                log = runtime.project.state / f"{service.name}.failed.log"
                 write_atomic(log, failed.logs(_LOAD_LINES), mode=0o600)
         finally:
             runtime.stop(service)
         raise
     return Up(server=server, was_up=False, ready_s=ready_s, first=first, allocation=told)
+
+
+def failed_log(runtime: Runtime, service: Service) -> Path:
+    """Return where the end of the log of a start that failed is kept."""
+    return runtime.project.state / f"{service.name}.failed.log"
 
 
 def prove(server: Server, told: Allocation) -> client.Completion:

@@ -291,11 +291,12 @@ def exchange(
         record.write(outcome="restored", cause=_cause(error))
         if not isinstance(error, Exception):
             raise
+        log = runtime.failed_log(new.runtime, new.service)
         back = f"{old} serves again, after {record.gap_s:.1f} s."
         raise StackError(
             f"{new} did not take over: {record.cause} {back}",
-            f"Its log is kept in {record.path.parent / new.service.name}.failed.log."
-            if "start" in record.seconds
+            f"Its log is kept in {log}."
+            if "start" in record.seconds and log.exists()
             else getattr(error, "remedy", f"See {record.path}."),
             Code.RESTORED,
         ) from error

@@ -1,6 +1,7 @@
 """What the machine of the checks cannot show: a GPU whose memory does not come back."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,9 +41,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def exchange(folder: Path, *, old_fails: bool) -> StackError:
-    failing = ["glm-q4"] if old_fails else []
-    where: Any = SimpleNamespace(name="native", stop=lambda _: True, failing=failing)
-    project = config.load(ROOT)
+    project = replace(config.load(ROOT), root=folder)
+    where: Any = SimpleNamespace(
+        name="native",
+        project=project,
+        stop=lambda _: True,
+        failing=["glm-q4"] if old_fails else [],
+    )
     old, new = (switch.Side(where, project.service(quant), "") for quant in ("q4", "q8"))
     record = switch.Record(folder / "switch.json", str(old), str(new), "now")
     with pytest.raises(StackError) as caught:
