@@ -3,10 +3,12 @@
 import contextlib
 import ipaddress
 import json
+import os
 import secrets
 import socket
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +23,8 @@ from stack.config import Project, Service
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
+from tests.checks.conftest import Target
+from tests.ledger import Ledger
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 PROMPT = {"prompt": "hi", "n_predict": 1, "max_tokens": 1}
@@ -332,3 +336,54 @@ def test_published_server_is_not_on_loopback(published: Server) -> None:
 
     assert port
     assert not host.answers("127.0.0.1", port)
+
+
+ALONE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+"""Runs a command where there is no network but its own loopback."""
+LIFE = "m='python3 -m invoke' && $m up {flag} && $m ask hello && $m down"
+DEAD = "http://127.0.0.1:9"
+
+
+def live(
+    folder: Path, flag: str, *, by: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> host.Result:
+    """Start a deployment of the tiny model, ask it, and stop it; return what that said."""
+    life = LIFE.format(flag=flag).replace("python3", sys.executable)
+    return host.run(
+        [*by, "sh", "-c", life], cwd=folder, env={**os.environ, **(env or {})}, timeout_s=120
+    )
+
+
+@pytest.fixture
+def own(tmp_path: Path, runnable: Service) -> Path:
+    """A folder of the target's runtime, with a port that is free."""
+    if runnable.quant != "tiny":
+        pytest.skip("shown with the tiny model")
+    return workspace.make(tmp_path, GLM_TINY_PORT=str(workspace.free_port()))
+
+
+def test_serves_where_there_is_no_network(
+    own: Path, engine: Runtime, target: Target, ledger: Ledger
+) -> None:
+    if engine.name != "native":
+        pytest.skip("a container's network is cut in nox -s hardening")
+    if host.run([*ALONE, "true"]).status:
+        pytest.skip("this user may not make a network namespace")
+    expected = "it starts, answers and stops as with one"
+    with ledger.trying("N1", "no network but loopback", expected=expected, target=target) as row:
+        row.inputs = 1
+        says = live(own, "--native", by=ALONE)
+        assert says.status == 0, says
+        row.found = "as expected"
+
+
+def test_proxy_of_the_environment_is_not_asked_for_loopback(
+    own: Path, engine: Runtime, target: Target, ledger: Ledger
+) -> None:
+    expected = "it starts, answers and stops as without"
+    with ledger.trying("N4", "a proxy that is dead", expected=expected, target=target) as row:
+        row.inputs = 1
+        names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")
+        says = live(own, f"--{engine.name}", env=dict.fromkeys(names, DEAD))
+        assert says.status == 0, says
+        row.found = "as expected"
