@@ -27,12 +27,12 @@ NOISE = 0.1
 MORE = 8
 """Threads and files: a connection that is just being closed is no leak."""
 PARTS = 4
-SHORT = Spread(8, 32)
+SHORT = Spread(8, 32)  # and the warm-up of a second lasts until each client has had one
 LOADS = (
-    Load(clients=2, warmup_s=0, prompts="cold", prompt=Spread(64, 512), output=SHORT),
-    Load(clients=2, warmup_s=0, prompts="turns", turns=4, prompt=Spread(64, 128), output=SHORT),
+    Load(clients=2, warmup_s=1, prompts="cold", prompt=Spread(64, 512), output=SHORT),
+    Load(clients=2, warmup_s=1, prompts="turns", turns=4, prompt=Spread(64, 128), output=SHORT),
     Load(
-        clients=4, warmup_s=0, prompts="shared", shared=128, prompt=Spread(192, 256), output=SHORT
+        clients=4, warmup_s=1, prompts="shared", shared=128, prompt=Spread(192, 256), output=SHORT
     ),
 )
 WORK_TOKENS = 500
