@@ -272,7 +272,7 @@ def broken(docker: Docker, name: str) -> Iterator[None]:
     """Put an image with the same labels that serves nothing in the place of another."""
     kept = docker.image_id(name)
     lines = f'FROM {kept}\nENTRYPOINT ["/app/confine", "/app/nothing"]\n'
-    docker.client.images.build(fileobj=BytesIO(lines.encode()), tag=name)
+    docker.client.images.build(fileobj=BytesIO(lines.encode()), tag=name, rm=True, forcerm=True)
     try:
         yield
     finally:
