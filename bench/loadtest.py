@@ -38,7 +38,7 @@ from bench.records import Run
 from bench.results import Change, Measurement, Provenance, Summary
 from bench.telemetry import PREDICTED, Sample, Telemetry, counters
 from bench.verdict import Slo, Verdict
-from stack import client, gpu, host, keys, runtime
+from stack import client, fit, gpu, host, keys, runtime
 from stack.config import Project, Service
 from stack.errors import Code, StackError
 from stack.gpu import Reading
@@ -220,15 +220,22 @@ def own(
 
     """
     writable(folder)
-    plan.check(service.context)
     chosen.check()
     key = keys.require(service, first_start="GLM_KEY_FILE" not in project.settings)
     found = chosen.find(service, key=key)
+    serves = found is not None and found.ended() is None
+    if not serves:
+        gpu.require(service, chosen="GLM_GPU" in project.settings)
+        header = runtime.ensure_model(project, service, stand_in=stand_in, progress=progress)
+        choice = fit.choose(project, service, header)
+        service = choice.service if choice else service
+    plan.check(service.context)
     top = None
     like = plan.prompts != "questions"  # its lengths are not those of the plan
-    if plan.ceiling and like and not (found and found.ended() is None):
+    if plan.ceiling and like and not serves:
         watch(Now("ceiling", 0, 0))
-        top = _ceiling(chosen, project, service, plan, stand_in=stand_in, progress=progress)
+        runtime.ensure_engine(chosen, project, service, progress=progress)
+        top = _ceiling(chosen, service, plan)
     watch(Now("start", 0, 0))
     up = runtime.up(chosen, project, service, stand_in=stand_in, progress=progress)
     try:
@@ -238,18 +245,7 @@ def own(
             chosen.stop(service)
 
 
-def _ceiling(
-    chosen: Runtime,
-    project: Project,
-    service: Service,
-    plan: Plan,
-    *,
-    stand_in: bool,
-    progress: Progress,
-) -> Ceiling:
-    gpu.require(service, chosen="GLM_GPU" in project.settings)
-    runtime.ensure_model(project, service, stand_in=stand_in, progress=progress)
-    runtime.ensure_engine(chosen, project, service, progress=progress)
+def _ceiling(chosen: Runtime, service: Service, plan: Plan) -> Ceiling:
     doubled = (1 << n for n in range(MOST_CLIENTS.bit_length()))
     levels = (1, service.slots) if plan.rates else doubled if plan.search else plan.clients
     return ceiling.measure(

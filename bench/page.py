@@ -1,11 +1,11 @@
-"""Writes docs/memory.md and the results of docs/loadtest.md: python -m bench.page.
+"""Writes docs/memory.md, and the tables of docs/loadtest.md and settings.md: python -m bench.page.
 
-A test compares both with what this makes, so that they cannot say anything else.
+A test compares them with what this makes, so that they cannot say anything else.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from stack import config, gguf_header, models, plan
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "memory.md"
 LOAD_PAGE = ROOT / "docs" / "loadtest.md"
+SETTINGS_PAGE = ROOT / "docs" / "settings.md"
 HEAD = """\
 # GPU memory
 
@@ -56,6 +57,11 @@ MEASURED = (
 )
 
 
+SETTINGS = (
+    *("Clients", "slots", "defaults", "private caches, CPU sampling"),
+    *("private caches, GPU sampling", "as chosen: that, with our patches", "over defaults"),
+    *("decode, of the engine", "TTFT (ms)"),
+)
 LOADS = (
     *("Stand-in", "clients", "tok/s", "of the engine", "decode, of the engine"),
     *("TTFT p50 (ms)", "ITL p50 (ms)", "tok/J"),
@@ -149,12 +155,58 @@ def _loads() -> Iterator[list[str]]:
 
 def load_page() -> str:
     """Return docs/loadtest.md with its table of results made anew."""
+    return _with_table(LOAD_PAGE, LOADS, _loads())
+
+
+def settings_page() -> str:
+    """Return docs/settings.md with its table of results made anew."""
+    return _with_table(SETTINGS_PAGE, SETTINGS, _settings())
+
+
+def _with_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     before, _, after = re.split(
-        r"^(\| Stand-in \|(?:.*\n)+?)\n", LOAD_PAGE.read_text(), flags=re.MULTILINE
+        rf"^(\| {head[0]} \|(?:.*\n)+?)\n", path.read_text(), flags=re.MULTILINE
     )
-    return f"{before}{_table(LOADS, _loads())}\n\n{after}"
+    return f"{before}{_table(head, rows)}\n\n{after}"
+
+
+def _settings() -> Iterator[list[str]]:
+    folder = ROOT / "bench" / "results"
+    tests = {
+        kind: _by_clients((folder / "settings-q4-nvidia-h100").glob(f"{kind}-*.json"))
+        for kind in ("private-cpu", "private-gpu", "patched-gpu")
+    }
+    defaults = _by_clients(folder.glob("loadtest-q4-nvidia-h100/summary.json"))
+    for clients, (load, slots) in sorted(tests["patched-gpu"].items()):
+        default = defaults[clients][0]
+        others = (tests[kind].get(clients) for kind in ("private-cpu", "private-gpu"))
+        measured = tests["private-gpu"].get(clients)  # the engine alone, in that run only
+        top = measured[0].ceiling if measured else None
+        streams = top.at(clients) if top else None
+        decoded = clients * load.value(lambda p: p.decode_tokens_s)
+        yield [
+            f"{clients}",
+            f"{slots}",
+            f"{default.tokens.value:.0f}",
+            *(f"{other[0].tokens.value:.0f}" if other else "" for other in others),
+            f"{load.tokens.value:.0f}",
+            f"{load.tokens.value / default.tokens.value:.2f} x",
+            f"{100 * decoded / streams.decode_tokens_s:.0f} %" if streams else "",
+            f"{load.value(lambda p: p.ttft.p50):,.0f}",
+        ]
+
+
+def _by_clients(paths: Iterable[Path]) -> dict[int, tuple[loads.Load, int]]:
+    """Return the loads of summaries, and the slots of their server, by how many clients."""
+    found: dict[int, tuple[loads.Load, int]] = {}
+    for path in paths:
+        summary = results.read(path)
+        slots = int(summary.provenance.server["LLAMA_ARG_N_PARALLEL"])
+        found |= {int(load.level): (load, slots) for load in loads.of(summary)}
+    return found
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
     LOAD_PAGE.write_text(load_page())
+    SETTINGS_PAGE.write_text(settings_page())

@@ -137,6 +137,7 @@ class Docker:
         wanted = {
             "org.opencontainers.image.revision": engine.commit,
             _LABEL: str(engine.build),
+            "glm.engine.patches": engine.patches,
             "glm.cuda.archs": service.build_args.get("CUDA_ARCH", ""),
         }
         if not all(labels.get(name) == value for name, value in wanted.items()):
@@ -430,9 +431,8 @@ class Docker:
         try:
             self._remove(container)
             program = self.program(service, name)
-            return self.compose(
-                "run", *argv, service.name, program, *arguments, timeout_s=timeout_s
-            )
+            argv += [service.name, program, *arguments]
+            return self.compose("run", *argv, timeout_s=timeout_s, settings=service.chosen)
         finally:  # Compose leaves it running when it is interrupted, and its network in any case
             self._remove(container)
             for network in ("default", "inside"):  # unless it is in use
@@ -494,7 +494,8 @@ class Docker:
 
         """
         self._ensure_gateway(service)
-        self.compose("up", "--detach", "--no-build", "--force-recreate", *self._names(service))
+        arguments = ("up", "--detach", "--no-build", "--force-recreate", *self._names(service))
+        self.compose(*arguments, settings=service.chosen)
         return self._begun(service, key=key)
 
     def _begun(self, service: Service, *, key: str) -> Server:
@@ -543,9 +544,11 @@ class Docker:
         restarts = container.attrs["RestartCount"]
         certificate = self.project.certificate if front else None
         processes = map(Process.of, children(init) if init else ())
+        pairs = (pair.partition("=") for pair in container.attrs["Config"]["Env"])
+        settings = {name: value for name, _, value in pairs}
         return Server(
             runtime=self.name,
-            service=service,
+            service=service.as_started(settings),
             url=f"{'https' if certificate else 'http'}://{host}:{port}",
             key=key,
             certificate=certificate,

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import yaml
 from stack.errors import Code, StackError
 
 Settings = Mapping[str, str]
+UNPATCHED = "none"
 
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<name>\w+)(?:(?P<op>:?-)(?P<default>[^}]*))?\})")
 GATEWAY = "compose.gateway.yaml"
@@ -68,6 +69,10 @@ class Service:
     stop_grace_s: float
     uid: int
     model: Model
+    settable: Settings = field(default_factory=dict, compare=False)
+    """Which of `environment` a variable of `.env` gives as it is, by that variable's name."""
+    chosen: Settings = field(default_factory=dict, compare=False)
+    """What such variables are instead of what the project's settings say."""
 
     @property
     def alias(self) -> str:
@@ -75,9 +80,19 @@ class Service:
         return self.environment["LLAMA_ARG_ALIAS"]
 
     @property
-    def context(self) -> int:
-        """Tokens that one slot can hold; with the shared cache of `compose.yaml`, all of them."""
+    def cells(self) -> int:
+        """Tokens that all slots together can hold."""
         return int(self.environment["LLAMA_ARG_CTX_SIZE"])
+
+    @property
+    def private(self) -> bool:
+        """Whether each slot has a cache of its own, an equal part of `cells`."""
+        return self.environment["LLAMA_ARG_KV_UNIFIED"] == "0"
+
+    @property
+    def context(self) -> int:
+        """Tokens that one slot can hold; with a shared cache, as long as the others hold none."""
+        return self.cells // self.slots if self.private else self.cells
 
     @property
     def slots(self) -> int:
@@ -108,6 +123,32 @@ class Service:
         """The API key's path on the host."""
         return self.host_path(Path(self.environment["LLAMA_ARG_API_KEY_FILE"]))
 
+    def as_started(self, environment: Mapping[str, str]) -> "Service":
+        """Return the service with what a server of it was started with, in a server's own names.
+
+        Of its model's path, which a process of the host knows by another folder, that is the file.
+        """
+        chosen = {
+            variable: environment[name]
+            for variable, name in self.settable.items()
+            if name in environment
+        }
+        file = Path(environment.get("LLAMA_ARG_MODEL", self.model.path)).name
+        path = self.model.path.with_name(file)
+        found = self.choosing(chosen)
+        model = {"LLAMA_ARG_MODEL": str(path)}
+        return replace(
+            found,
+            model=replace(self.model, path=path),
+            environment={**found.environment, **model},
+        )
+
+    def choosing(self, settings: Settings) -> "Service":
+        """Return the service with variables of `.env` that give a setting changed."""
+        changed = {self.settable[variable]: value for variable, value in settings.items()}
+        environment = {**self.environment, **changed}
+        return replace(self, environment=environment, chosen={**self.chosen, **settings})
+
     def host_path(self, path: Path) -> Path:
         """Translate a path in the container to the host's; one outside every mount stays."""
         for inside, outside in self.mounts.items():
@@ -123,6 +164,8 @@ class Engine:
     repository: str
     commit: str
     build: int
+    patches: str = UNPATCHED
+    """The beginning of the SHA-256 of our patches to it, in their order; or none of them."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +177,8 @@ class Project:
     settings: Settings
     engine: Engine
     default: str
+    clients: int
+    """For how many settings are chosen."""
     services: Mapping[str, Service]
     """By quant."""
     state_folder: str = ".state"
@@ -206,7 +251,21 @@ def load(
     settings |= _moved_engine(root, interpolate(raw.get("x-engine", {}), {}).get("commit"))
     for layer in (exported, in_file, given, overrides):
         settings.update(layer or {})
-    return project(root, interpolate(raw, settings), settings=settings)
+    return _resolved(root, raw, settings)
+
+
+def _resolved(root: Path, raw: Any, settings: Settings) -> Project:
+    found = project(root, interpolate(raw, settings), settings=settings)
+    services = {
+        quant: replace(service, settable=_settable(raw["services"][service.name]["environment"]))
+        for quant, service in found.services.items()
+    }
+    return replace(found, services=services)
+
+
+def _settable(environment: Mapping[str, Any]) -> dict[str, str]:
+    matches = ((VARIABLE.fullmatch(str(value)), name) for name, value in environment.items())
+    return {match["name"]: name for match, name in matches if match and match["name"]}
 
 
 def pinned(root: Path) -> Engine:
@@ -216,7 +275,7 @@ def pinned(root: Path) -> Engine:
 
 
 def _engine(raw: Mapping[str, str]) -> Engine:
-    return Engine(raw["repository"], raw["commit"], int(raw["build"]))
+    return Engine(raw["repository"], raw["commit"], int(raw["build"]), raw["patches"])
 
 
 def _moved_engine(root: Path, pin: str | None) -> dict[str, str]:
@@ -249,7 +308,7 @@ def changed(before: Project, **settings: str) -> Project:
     """Return a project with some settings replaced, whatever a user set."""
     merged = {**before.settings, **settings}
     _, raw = _compose_file(before.root)
-    return project(before.root, interpolate(raw, merged), settings=merged)
+    return _resolved(before.root, raw, merged)
 
 
 def _compose_file(root: Path) -> tuple[str, Any]:
@@ -335,11 +394,15 @@ def check_setting(name: str, value: str, *, known: set[str]) -> None:
 
 _WHOLE_NUMBERS = {
     "PORT": (1024, 65535),
-    "CONTEXT": (256, 202752),
+    "CONTEXT": (256, 256 * 202752),
     "SLOTS": (1, 256),
     "GATEWAY": (0, 1),
     "QUEUE": (0, 2000),
     "RATE": (1, 10**6),
+    "CLIENTS": (1, 256),
+    "UBATCH": (32, 8192),
+    "CACHE": (0, 1),
+    "SAMPLING": (0, 1),
     "UID": (1, 2**31 - 1),
 }
 
@@ -378,6 +441,7 @@ def project(root: Path, document: dict[str, Any], *, settings: Settings) -> Proj
             settings=settings,
             engine=_engine(document["x-engine"]),
             default=document["x-default"],
+            clients=int(document["x-clients"]),
             services={
                 quant: _service(quant, model, document["services"][f"glm-{quant}"], root, secrets)
                 for quant, model in document["x-models"].items()

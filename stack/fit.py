@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from stack import gguf_header, gpu, models, plan
-from stack.config import Service
+from stack import choice, gguf_header, gpu, models, plan
+from stack.choice import Choice
+from stack.config import Project, Service
 from stack.engine_log import Allocation
 from stack.errors import Code, StackError
 from stack.gguf_header import Header
@@ -90,6 +91,48 @@ def check(service: Service, header: Header, freed: Release | None = None) -> Non
         raise StackError(cause, error.remedy, error.code) from None
 
 
+def choose(
+    project: Project,
+    service: Service,
+    header: Header,
+    *,
+    freed: Release | None = None,
+    leave_mib: int = 0,
+) -> Choice | None:
+    """Choose for the project's clients what .env leaves open, from what is free on the GPU now.
+
+    That counts what will be `freed`, and not `leave_mib`. None where the service has no GPU, or the
+    GPU does not tell what is free.
+
+    Raises:
+        StackError: VRAM or USAGE as `choice.choose`, with who holds the rest.
+
+    """
+    device = next(iter(gpu.of(service)), None)
+    if device is None or device.free_mib is None:
+        return None
+    free_mib = device.free_mib + (freed.mib if freed and freed.uuid == device.uuid else 0)
+
+    try:
+        return choice.choose(
+            service,
+            header,
+            free_mib=free_mib - leave_mib,
+            clients=project.clients,
+            pinned={
+                name: project.settings[name] for name in choice.NAMES & project.settings.keys()
+            },
+        )
+    except StackError as error:
+        cause = f"{error.cause}{_held(device)}"
+        raise StackError(cause, error.remedy, error.code) from None
+
+
+def least_mib(services: list[Service]) -> int:
+    """Return what services that come later will take of GPUs as `compose.yaml` has them."""
+    return sum(each.ledger.total_mib for each in plans([s for s in services if s.gpus]))
+
+
 def _held(device: gpu.Gpu) -> str:
     holders = "; ".join(_holder(pid, device.uuid) for pid in device.pids)
     return f" Held by {holders or 'no process that this user may see'}."
@@ -111,16 +154,27 @@ class Planned:
     """None where this machine lacks the GPU."""
     largest_context: int | None
     """The most that fits in what is free and leaves 1 GiB."""
+    choice: Choice | None = None
+    """What was chosen, if that was asked for and can be done here."""
 
 
-def plans(services: list[Service]) -> tuple[Planned, ...]:
+def plans(services: list[Service], choose_for: Project | None = None) -> tuple[Planned, ...]:
     """Plan services before anything loads, from their files or from their stand-ins' recipes.
 
+    With `choose_for`, as `invoke up` would start them in this order.
+
     Raises:
-        StackError: USAGE for a context that the model has not; INTEGRITY for a broken file.
+        StackError: USAGE for a context that the model has not; INTEGRITY for a broken file; VRAM
+            where nothing can be chosen that fits.
 
     """
-    return tuple(map(_plan, services))
+    planned: list[Planned] = []
+    for number, service in enumerate(services, start=1):
+        leave_mib = sum(each.ledger.total_mib for each in planned)
+        if choose_for:
+            leave_mib += least_mib(services[number:])
+        planned.append(_plan(service, choose_for, leave_mib))
+    return tuple(planned)
 
 
 def check_together(planned: tuple[Planned, ...]) -> None:
@@ -137,12 +191,14 @@ def check_together(planned: tuple[Planned, ...]) -> None:
         )
 
 
-def _plan(service: Service) -> Planned:
+def _plan(service: Service, choose_for: Project | None, leave_mib: int) -> Planned:
     file = service.model_file
     if file.exists():
         header = gguf_header.read(file)
     else:
         header = gguf_header.parse(models.plan(service.model.random).header)
+    chosen = choose(choose_for, service, header, leave_mib=leave_mib) if choose_for else None
+    service = chosen.service if chosen else service
     plan.check_context(service, header)
     needed = plan.ledger(service, header)
     free_mib = next((each.free_mib for each in gpu.of(service)), None)
@@ -152,6 +208,7 @@ def _plan(service: Service) -> Planned:
         file=file.name if file.exists() else f"{service.model.random} (no file yet)",
         free_mib=free_mib,
         largest_context=free_mib and plan.largest_context(service, header, free_mib, slots),
+        choice=chosen,
     )
 
 
@@ -161,7 +218,7 @@ def off_gpu(server: Server, device: gpu.Gpu) -> str:
     if pids and device.pids and not pids & {*device.pids}:
         return f"GPU {device.index} has no process of it"
     files = gguf_header.parts(server.service.model_file)
-    size_mib = sum(file.stat().st_size for file in files) / 2**20
+    size_mib = sum(file.stat().st_size for file in files if file.exists()) / 2**20
     if device.used_mib is not None and device.used_mib < _SHARE * size_mib:
         return f"GPU {device.index} holds {device.used_mib:,} MiB, its file has {size_mib:,.0f} MiB"
     return ""

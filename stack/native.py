@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from stack.config import Project, Service
+from stack.config import UNPATCHED, Project, Service
 from stack.errors import Code, StackError
 from stack.host import Process, Result, listening_port, own_folder, reason, run, spawn, write_atomic
 from stack.server import Server
@@ -68,7 +68,8 @@ class Native:
         return str(self._build_folder(service) / "bin" / name)
 
     def _build_folder(self, service: Service) -> Path:
-        name = f"{self.project.engine.commit[:12]}-{service.backend}"
+        engine = self.project.engine
+        name = f"{engine.commit[:12]}-{engine.patches}-{service.backend}"
         return self.project.cache / "engine" / name
 
     def built(self, service: Service) -> bool:
@@ -89,7 +90,7 @@ class Native:
         own_folder(self.project.cache)
         folder = self._build_folder(service)
         folder.mkdir(parents=True, exist_ok=True)
-        engine = self.project.engine
+        engine, source = self.project.engine, self._patched(source, folder / "source")
         configure: list[str | Path] = [
             *("-C", self.project.root / "docker" / "engine.cmake"),
             *("-S", source, "-B", folder, "-G", "Ninja"),
@@ -129,6 +130,32 @@ class Native:
                     Code.BUILD,
                 )
         write_atomic(folder / "done", self._identity(service))
+
+    def _patched(self, source: Path, copy: Path) -> Path:
+        """Make and return a copy of the engine's source with our patches.
+
+        It lies in the build's folder, so that the compiler cache knows each file by one name.
+
+        Raises:
+            StackError: BUILD, where one does not apply.
+
+        """
+        patches = sorted((self.project.root / "docker" / "patches").glob("*.patch"))
+        if self.project.engine.patches == UNPATCHED:
+            patches = []
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy)
+        # Inside a repository git would look for the files from its root on.
+        env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(copy.parent)}
+        for patch in patches:
+            done = run(["git", "apply", patch.resolve()], cwd=copy, env=env)
+            if done.status:
+                raise StackError(
+                    f"docker/patches/{patch.name} does not apply to {source}: {reason(done)}",
+                    "GLM_ENGINE_PATCHES=none in .env builds it without ours.",
+                    Code.BUILD,
+                )
+        return copy
 
     def _step(self, text: str, log: list[str]) -> None:
         log.append(text)
@@ -224,7 +251,8 @@ class Native:
         record_file = self._record_file(service)
         try:
             record = json.loads(record_file.read_text())
-            bind, port = record["bind"], record["settings"]["LLAMA_ARG_PORT"]
+            bind, settings = record["bind"], record["settings"]
+            port = settings["LLAMA_ARG_PORT"]
             process = wait_until(
                 lambda: Process.read(self._pid_file(service)), timeout_s=_PID_S, what="no pid"
             )
@@ -241,7 +269,7 @@ class Native:
         host = "127.0.0.1" if ipaddress.ip_address(bind).is_unspecified else bind
         return Server(
             runtime=self.name,
-            service=service,
+            service=service.as_started(settings),
             url=f"http://{host}:{port}" if port else "",
             key=key,
             processes=(process,),

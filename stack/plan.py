@@ -61,9 +61,8 @@ class _Cache:
 
 def _cache(service: Service, slots: int) -> _Cache:
     env = service.environment
-    streams = 1 if env.get("LLAMA_ARG_KV_UNIFIED") in ("on", "enabled", "true", "1") else slots
     kind, ubatch = env.get("LLAMA_ARG_CACHE_TYPE_K", "f16"), env.get("LLAMA_ARG_UBATCH", "512")
-    return _Cache(service.context, slots, streams, kind, int(ubatch))
+    return _Cache(service.cells, slots, slots if service.private else 1, kind, int(ubatch))
 
 
 def _key(header: Header, name: str) -> int:
@@ -124,8 +123,8 @@ def _cells(cache: _Cache) -> int:
 def check_context(service: Service, header: Header) -> None:
     """Raise StackError USAGE where a slot's context is above the model's, or not positive."""
     most = _key(header, "context_length") * _cache(service, service.slots).streams
-    if not 0 < service.context <= most:
-        cause = f"{service.name} cannot have a context of {service.context:,} tokens."
+    if not 0 < service.cells <= most:
+        cause = f"{service.name} cannot have a context of {service.cells:,} tokens."
         raise StackError(cause, f"Set GLM_CONTEXT to at most {most}.", Code.USAGE)
 
 

@@ -4,15 +4,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from stack import client, engine, fit, gguf_header, gpu, integrity, keys, models, plan
+from stack.choice import Choice
 from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
 from stack.engine_log import Allocation, allocation
 from stack.errors import Code, StackError
+from stack.fit import Release
 from stack.gguf_header import Header
 from stack.host import Result, machine_lock, port_conflict, write_atomic
 from stack.native import Native
@@ -87,6 +89,8 @@ class Up:
     first: client.Completion
     allocation: Allocation | None = None
     """What the engine told of this start; None where it was up before."""
+    choice: Choice | None = None
+    """What was chosen for this start, if anything."""
 
 
 def native(project: Project, progress: Progress = silent) -> Native:
@@ -208,12 +212,15 @@ def up(
     service: Service,
     *,
     stand_in: bool = False,
+    choose: bool = False,
+    leave_mib: int = 0,
     progress: Progress = silent,
 ) -> Up:
     """Serve a quant: build, make or check, start, wait, and prove it.
 
     A server that is up already is only asked to generate. One that fails, or is interrupted on
-    the way, is stopped again.
+    the way, is stopped again. With `choose`, what .env leaves open is chosen for its clients and
+    what is free on the GPU, but for `leave_mib`.
 
     Raises:
         StackError: by what failed.
@@ -227,11 +234,44 @@ def up(
     if found and found.ended() is None:
         client.wait_ready(found)
         return Up(server=found, was_up=True, ready_s=0, first=_generate(found))
-    header = prepare(runtime, project, service, stand_in=stand_in, progress=progress)
+
+    header = prepare(
+        runtime,
+        project,
+        service,
+        choose=choose,
+        leave_mib=leave_mib,
+        stand_in=stand_in,
+        progress=progress,
+    )
     with reserved(service):
-        if service.gpus:
-            fit.check(service, header)
-        return launch(runtime, service, key=key)
+        chosen = settle(project, service, header, choose=choose, leave_mib=leave_mib)
+        done = launch(runtime, chosen.service if chosen else service, key=key)
+        return replace(done, choice=chosen)
+
+
+def settle(
+    project: Project,
+    service: Service,
+    header: Header,
+    *,
+    choose: bool,
+    leave_mib: int = 0,
+    freed: Release | None = None,
+) -> Choice | None:
+    """Choose a service's settings, or hold the given ones against what is free on its GPU.
+
+    Raises:
+        StackError: as `fit.choose` and `fit.check`.
+
+    """
+    if choose and (
+        chosen := fit.choose(project, service, header, freed=freed, leave_mib=leave_mib)
+    ):
+        return chosen
+    if service.gpus:
+        fit.check(service, header, freed)
+    return None
 
 
 @contextlib.contextmanager
@@ -258,6 +298,8 @@ def prepare(
     project: Project,
     service: Service,
     *,
+    choose: bool = False,
+    leave_mib: int = 0,
     stand_in: bool = False,
     progress: Progress = silent,
     replacing: Server | None = None,
@@ -287,8 +329,9 @@ def prepare(
             Code.PORT,
         )
     header = ensure_model(project, service, stand_in=stand_in, progress=progress)
-    if service.gpus:  # before a build of half an hour, too
-        fit.check(service, header, fit.release(replacing) if replacing else None)
+    # Before a build of half an hour, too.
+    freed = fit.release(replacing) if replacing else None
+    settle(project, service, header, choose=choose, leave_mib=leave_mib, freed=freed)
     ensure_engine(runtime, project, service, progress=progress)
     return header
 

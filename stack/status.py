@@ -91,7 +91,7 @@ class Looks:
         """Read what was seen before."""
         self.project = project
         self._file = project.state / "samples.json"
-        self._plans: dict[str, int | None] = {}
+        self._plans: dict[tuple[object, ...], int | None] = {}
         self.samples: dict[str, Sample] = {}
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             kept = json.loads(self._file.read_text())
@@ -182,11 +182,12 @@ class Looks:
         return replace(told, state="on the CPU", detail=why) if why else told
 
     def _planned_mib(self, service: Service) -> int | None:
-        if service.quant not in self._plans:  # a header takes a while, and stays
-            self._plans[service.quant] = None
+        key = (service.quant, *service.environment.items())
+        if key not in self._plans:  # a header takes a while, and stays
+            self._plans[key] = None
             with contextlib.suppress(StackError):
-                self._plans[service.quant] = fit.plans([service])[0].ledger.total_mib
-        return self._plans[service.quant]
+                self._plans[key] = fit.plans([service])[0].ledger.total_mib
+        return self._plans[key]
 
     def _sample(self, server: Server) -> Sample | None:
         with client.session(server, timeout_s=_PATIENCE_S) as session:

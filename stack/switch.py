@@ -113,7 +113,7 @@ def switch(
     """
     where, server, served = _running(project, quant, leave, want)
     if served:
-        return Switched(runtime.up(where, project, project.service(quant)))
+        return Switched(runtime.up(where, project, project.service(quant), choose=True))
     port = {_setting(quant, "PORT"): str(server.port)} if same_port else {}
     anew, as_was = config.changed(project, **port), _as_it_runs(project, server)
     if same_port and anew.service(quant).port != server.port:
@@ -126,9 +126,8 @@ def switch(
     new = Side(
         runtime.choose(anew, want=want or where.name, progress=progress), anew.service(quant), key
     )
-    old = Side(
-        runtime.choose(as_was, want=where.name), as_was.service(server.service.quant), server.key
-    )
+    left = as_was.service(server.service.quant).choosing(server.service.chosen)
+    old = Side(runtime.choose(as_was, want=where.name), left, server.key)
     began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     record = Record(_path(project), str(old), str(new), began)
     note = partial(_log.warning, "Please wait: what was begun is being undone.")
@@ -139,14 +138,16 @@ def switch(
                     new.runtime,
                     anew,
                     new.service,
+                    choose=True,
                     stand_in=stand_in,
                     progress=progress,
                     replacing=server,
                 )
             with runtime.reserved(new.service, old.service):
                 freed = fit.release(server)
-                if new.service.gpus:
-                    fit.check(new.service, header, freed)
+                chosen = runtime.settle(anew, new.service, header, choose=True, freed=freed)
+                if chosen:
+                    new = replace(new, service=chosen.service)
                 with record.of("drain"):
                     record.cut = _drain(server, drain_s)
                 up = exchange(old, new, freed, record, interrupts)
@@ -229,10 +230,11 @@ def _as_it_runs(project: Project, server: Server) -> Project:
         file = Path(client.props(server)["model_path"]).name
     except StackError:  # it loads, or is stuck: no reason not to replace it
         return config.changed(project, **settings)
-    if file != service.model_file.name:  # a stand-in, say, or no longer one
+    if file != project.service(quant).model_file.name:  # a stand-in, say, or no longer one
         settings |= {_setting(quant, "FILE"): file}
     same = config.changed(project, **settings)
-    if other := runtime.differs(replace(server, service=same.service(quant))):
+    again = same.service(quant).choosing(service.chosen)
+    if other := runtime.differs(replace(server, service=again)):
         raise StackError(
             f"{service.name} was started with {other}; it could not come back as it is.",
             "Set that in .env again, or down and up it first.",

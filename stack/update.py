@@ -184,7 +184,7 @@ class _Transaction:
                 _write_text(self.project, self.record)
             for place in self.stopped:
                 place.runtime.stop(place.service)
-                runtime.up(place.runtime, self.project, place.service)
+                runtime.up(place.runtime, self.project, place.service, choose=True)
         except StackError as worse:
             raise StackError(
                 f"{cause} The engine before it does not serve either: {worse.cause}",
@@ -271,7 +271,7 @@ class _Transaction:
         after = _of_engine(self.project, Engine("", entry.commit, entry.build))
         _write(self.project, entry, self.before)
         for place in self.stopped:
-            runtime.up(_in(after, place, self.progress), after, _of(after, place))
+            runtime.up(_in(after, place, self.progress), after, _of(after, place), choose=True)
         gap_s = time.monotonic() - self.stopped_at if self.stopped else 0
         _keep_previous(self.project, self.before)
         return Moved(entry, self.before, gap_s, tuple(each.name for each in self.stopped))

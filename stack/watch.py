@@ -212,7 +212,7 @@ class Watch:
         yield f"{trouble.what}; {number}, evidence in {told}"
         try:
             where.stop(service)
-            up = runtime.up(where, self.project, service)
+            up = runtime.up(where, self.project, service, choose=True)
         except StackError as error:
             case.trouble = ""
             yield f"the restart failed: {error.cause}"

@@ -48,23 +48,28 @@ def build(
 def plan(
     _: Context,
     quant: list[str],
+    clients: str = "",
     context: str = "",
     slots: str = "",
     stand_in: bool = False,
     json: bool = False,
 ) -> None:
-    """Show what quants will take of the GPU, against what is free now."""
+    """Show what `up` would choose for quants, and take of the GPU, against what is free now."""
     from rich.console import Console
 
     from stack import fit
 
-    project = read_project(stand_in=stand_in, GLM_CONTEXT=context, GLM_SLOTS=slots)
+    settings = {"GLM_CLIENTS": clients, "GLM_CONTEXT": context, "GLM_SLOTS": slots}
+    project = read_project(stand_in=stand_in, **settings)
     services = [each for each in select(project, quant or list(project.services)) if each.gpus]
-    planned = fit.plans(services)
+    planned = fit.plans(services, project)
     if json:
         print(dump([_plain(each) for each in planned]))
     else:
         Console().print(_ledger(planned))
+        for each in planned:
+            if each.choice:
+                print(f"{each.ledger.service.quant}: {each.choice}")
     fit.check_together(planned)
 
 

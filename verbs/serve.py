@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from invoke.context import Context
@@ -18,17 +19,25 @@ if TYPE_CHECKING:
 def up(
     _: Context,
     quant: list[str],
+    clients: str = "",
     native: bool = False,
     docker: bool = False,
     stand_in: bool = False,
 ) -> None:
     """Serve quants: make what is missing, start, wait, and see them generate."""
-    from stack import runtime
+    from stack import fit, runtime
 
-    with acting("up", native=native, docker=docker, stand_in=stand_in) as act:
-        for service in select(act.project, quant):
+    with acting("up", native=native, docker=docker, stand_in=stand_in, GLM_CLIENTS=clients) as act:
+        services = select(act.project, quant)
+        for number, service in enumerate(services, start=1):
             done = runtime.up(
-                act.runtime, act.project, service, stand_in=stand_in, progress=act.progress
+                act.runtime,
+                act.project,
+                service,
+                stand_in=stand_in,
+                choose=True,
+                leave_mib=fit.least_mib(services[number:]),
+                progress=act.progress,
             )
             try:
                 tell_up(act.project, done)
@@ -41,7 +50,9 @@ def tell_up(project: "Project", up: "Up") -> None:
     from stack import runtime, status
 
     state, service = status.Looks(project).state(up.server), up.server.service
-    if other := runtime.differs(up.server):
+    open_ = {name: value for name, value in service.chosen.items() if name not in project.settings}
+    configured = project.service(service.quant).choosing(open_)
+    if other := runtime.differs(replace(up.server, service=configured)):
         logging.getLogger("stack").warning("It was started with %s; down and up again.", other)
     if up.server.runtime == "docker" and up.server.gateway != project.gateway:
         logging.getLogger("stack").warning(
@@ -52,7 +63,7 @@ def tell_up(project: "Project", up: "Up") -> None:
     print(f"  URL      {state.url}/v1")
     print(f"  key      in {service.key_file}")
     print(f"  model    {service.alias}: {state.model}")
-    print(f"  context  {state.context:,} tokens, {state.slots} slots")
+    print(f"  context  {up.choice or f'{state.context:,} tokens, {state.slots} slots'}")
     print(
         f"  speed    {up.first.decode_tokens_s:.0f} tokens/s, one client, {up.first.tokens} tokens"
     )

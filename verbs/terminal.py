@@ -35,7 +35,7 @@ HELP = {
     "baseline": "a summary.json that nothing may be worse than",
     "budget": "restarts within 15 minutes, before it gives up",
     "ceiling": "do not measure what the engine does without a server",
-    "clients": "how many at once, each sending when its last answer has ended: 1,4,16,64",
+    "clients": "how many at once: up chooses for them, bench sends as they would (1,4,16,64)",
     "context": "tokens of context, in place of GLM_CONTEXT",
     "docker": "insist on Docker",
     "host": "the name or address at which agents reach the server, asked there",

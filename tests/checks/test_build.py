@@ -3,10 +3,12 @@
 With `--backend cuda` the production image is built and checked without a GPU.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -18,14 +20,18 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from docker.models.containers import Container
 
-from stack import client, keys, runtime
+from stack import client, config, keys, runtime
 from stack.compose import Docker
-from stack.config import Project, Service
+from stack.config import UNPATCHED, Project, Service
 from stack.errors import Code, StackError
 from stack.host import Result, run
 from stack.runtime import Runtime
 from stack.server import Server
+from tests import workspace
+from tests.checks.conftest import Target
 from tests.workspace import ROOT
+
+Logged = tuple[Server, Path]
 
 PROGRAMS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-fit-params")
 LOADER = "/lib64/ld-linux-x86-64.so.2"
@@ -202,3 +208,57 @@ def test_the_commit_stands_twice_in_compose_and_is_the_same() -> None:
 
     context = raw["x-server"]["build"]["additional_contexts"]["engine"]
     assert context.endswith(f"#{raw['x-engine']['commit']}}}")
+
+
+@pytest.fixture
+def side_by_side(project: Project, target: Target, tmp_path: Path) -> Iterator[list[Logged]]:
+    """Two servers with private caches that sample in their backend: our engine, and unpatched."""
+    if target != Target("native", project.default):
+        pytest.skip(f"is compared natively, with {project.default}")
+    folder = workspace.make(tmp_path, GLM_ENGINE_PATCHES=UNPATCHED)
+    overrides = {f"GLM_{project.default.upper()}_PORT": ""}
+    servers = []
+    for each in (project, config.load(folder, overrides=overrides)):
+        chosen, service = runtime.native(each), each.service(each.default)
+        runtime.ensure_engine(chosen, each, service)
+        settings = {"N_PARALLEL": "8", "KV_UNIFIED": "0", "BACKEND_SAMPLING": "1"}
+        environment = {f"LLAMA_ARG_{name}": value for name, value in settings.items()}
+        varied = replace(service, environment={**service.environment, **environment})
+        log = each.state / "native" / f"{service.name}.log"
+        servers.append((runtime.serving(chosen, each, varied), log))
+    with contextlib.ExitStack() as stack:
+        yield [(stack.enter_context(up).server, log) for up, log in servers]
+
+
+def test_our_patches_change_no_answer_and_work(side_by_side: list[Logged]) -> None:
+    (ours, our_log), (plain, plain_log) = side_by_side
+
+    def ask(server: Server, number: int) -> str:
+        prompt = f"{number} of {number % 7} apples, once upon a time"
+        warm = number % 2
+        return client.complete(server, prompt, tokens=16, seed=number, temperature=warm).text
+
+    def texts(server: Server) -> list[str]:
+        with ThreadPoolExecutor(3) as clients:
+            return list(clients.map(partial(ask, server), range(24)))
+
+    assert texts(ours) == texts(plain)
+    logs = [log.read_text() for log in (our_log, plain_log)]
+    reserved = [log.count("reserving ...") for log in logs]
+    assert reserved[0] < 5
+    assert reserved[1] > 24
+    assert _apart(logs[0]) == 0 < _apart(logs[1])
+
+
+def _apart(log: str) -> int:
+    """Count the choices of a slot that is no neighbour of the busy ones, where there are any."""
+    busy: set[int] = set()
+    apart = 0
+    for line in log.splitlines():
+        if found := re.search(r"id +(\d+) \| task -1 \| selected slot by (LRU|LCP)", line):
+            slot = int(found[1])
+            apart += found[2] == "LRU" and bool(busy) and not {slot - 1, slot + 1} & busy
+            busy.add(slot)
+        elif found := re.search(r"id +(\d+) \| task \d+ \| stop processing", line):
+            busy.discard(int(found[1]))
+    return apart

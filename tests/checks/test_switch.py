@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from bench import answers
-from stack import client, gpu, host, keys, runtime
+from stack import client, config, gpu, host, keys, runtime
 from stack import switch as subject
 from stack.compose import Docker, NoEngineError
 from stack.config import Service
@@ -81,6 +81,7 @@ class Pair(Deployment):
         """Define `exact`, right, or with what is wrong with it."""
         document = yaml.safe_load((workspace.ROOT / "compose.yaml").read_text())
         path = f"/app/models/${{GLM_EXACT_FILE:-{file}}}"
+        document["services"]["glm-tiny"]["environment"]["LLAMA_ARG_N_PARALLEL"] = "${GLM_SLOTS:-4}"
         document["x-models"]["exact"] = document["x-models"]["tiny"] | {"path": path}
         service = copy.deepcopy(document["services"]["glm-tiny"])
         service["ports"][0]["published"] = "${GLM_EXACT_PORT-11349}"
@@ -572,3 +573,19 @@ def environment(process: Path) -> bytes:
         return (process / "environ").read_bytes()
     except OSError:
         return b""
+
+
+def test_old_one_comes_back_with_what_was_chosen_for_it_and_its_file(pair: Pair) -> None:
+    pair.ensure("tiny")
+    pair.invoke("down")
+    other = config.changed(pair.project, GLM_TINY_FILE="tiny-f16.gguf").service("tiny")
+    chosen = other.choosing({"GLM_SLOTS": "3"})
+    runtime.launch(pair.runtime, chosen, key=keys.read(chosen))
+    pair.define(**CRASHES)
+
+    done = pair.switch("exact")
+
+    assert_refused(done, Code.RESTORED)
+    says = client.props(pair.serving())
+    assert says["total_slots"] == 3
+    assert says["model_path"].endswith("/tiny-f16.gguf")

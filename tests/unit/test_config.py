@@ -79,8 +79,8 @@ def test_unknown_quant_is_refused_with_the_known_ones(folder: Path, name: str) -
         (b"GLM_SLOTS=four", "whole number"),
         (b"GLM_SLOTS=-1", "whole number"),
         ("GLM_SLOTS=٤".encode(), "whole number"),
-        (b"GLM_CONTEXT=0", "from 256 to 202752"),
-        (b"GLM_CONTEXT=202753", "from 256 to 202752"),
+        (b"GLM_CONTEXT=0", "from 256 to 51904512"),
+        (b"GLM_CONTEXT=51904513", "from 256 to 51904512"),
         (b"GLM_TINY_PORT=0", "from 1024 to 65535"),
         (b"GLM_TINY_PORT=70000", "from 1024 to 65535"),
         (b"GLM_BIND=everywhere", "IPv4"),
@@ -220,3 +220,29 @@ def test_every_quant_has_a_gateway_on_its_port() -> None:
 def test_bad_setting_of_the_gateway_is_refused(folder: Path, line: bytes, reason: str) -> None:
     with pytest.raises(StackError, match=reason):
         config.load(add(folder, line))
+
+
+def test_service_as_started_has_what_its_server_was_given() -> None:
+    service = config.load(workspace.ROOT).service("q4")
+    given = {"LLAMA_ARG_N_PARALLEL": "7", "LLAMA_ARG_PORT": "1", "LLAMA_ARG_MODEL": "/a/b.gguf"}
+
+    found = service.as_started(given)
+
+    assert (found.slots, found.chosen) == (7, {"GLM_SLOTS": "7"})
+    changed = {"LLAMA_ARG_N_PARALLEL": "7", "LLAMA_ARG_MODEL": "/app/models/b.gguf"}
+    assert found.environment == {**service.environment, **changed}
+    assert found.model.path == Path("/app/models/b.gguf")
+
+
+def test_changed_project_can_be_varied_like_one_that_was_read() -> None:
+    project = config.changed(config.load(workspace.ROOT), GLM_Q4_PORT="12000")
+
+    assert project.service("q4").settable == config.load(workspace.ROOT).service("q4").settable
+
+
+def test_private_caches_divide_the_context() -> None:
+    service = config.load(workspace.ROOT).service("q4")
+
+    private = service.choosing({"GLM_SHARED_CACHE": "0", "GLM_CONTEXT": "1024", "GLM_SLOTS": "4"})
+
+    assert (private.private, private.cells, private.context) == (True, 1024, 256)

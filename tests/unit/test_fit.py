@@ -120,3 +120,41 @@ def test_two_loads_onto_one_gpu_are_refused(install: Install, q8: Pair) -> None:
         pass
 
     assert caught.value.code == Code.BUSY
+
+
+def test_settings_are_chosen_from_what_is_free(install: Install, q8: Pair) -> None:
+    install(TOTAL_MIB - 100_000)
+    project = config.load(ROOT, given={"GLM_CLIENTS": "2", "GLM_UBATCH": "256"})
+
+    service = replace(project.service("q8"), gpus=("GPU-0",))
+
+    chosen = fit.choose(project, service, q8[1])
+    less = fit.choose(project, service, q8[1], leave_mib=45_000)
+
+    assert chosen is not None
+    assert less is not None
+    assert (chosen.service.slots, chosen.service.context, chosen.service.private) == (
+        2,
+        202752,
+        True,
+    )
+    assert chosen.service.environment["LLAMA_ARG_UBATCH"] == "256"
+    assert "2 clients" in str(chosen)
+    assert less.total_mib <= 55_000 - 1024
+
+
+def test_nothing_is_chosen_without_a_gpu(q8: Pair) -> None:
+    tiny = config.load(ROOT).service("tiny")
+
+    assert fit.choose(config.load(ROOT), tiny, q8[1]) is None
+
+
+def test_what_cannot_be_chosen_names_who_holds_the_gpu(install: Install, q8: Pair) -> None:
+    install(TOTAL_MIB - 20_000, process(os.getpid(), 50 << 30))
+
+    with pytest.raises(
+        StackError, match=rf"no room for 4 clients.*\(pid {os.getpid()}\)"
+    ) as caught:
+        fit.choose(config.load(ROOT), *q8)
+
+    assert caught.value.code == Code.VRAM

@@ -5,6 +5,7 @@ import pytest
 
 from stack import config
 from stack.config import Project
+from stack.errors import Code, StackError
 from stack.native import Native
 from tests import workspace
 
@@ -43,6 +44,24 @@ def test_build_of_another_engine_is_not_built(project: Project) -> None:
     moved = dataclasses.replace(project, engine=dataclasses.replace(project.engine, commit="0ther"))
 
     assert not Native(moved).built(moved.service("tiny"))
+
+
+def test_build_with_other_patches_is_not_built(project: Project) -> None:
+    mark_built(project, "tiny")
+    engine = dataclasses.replace(project.engine, patches="0ther")
+
+    moved = dataclasses.replace(project, engine=engine)
+    assert not Native(moved).built(moved.service("tiny"))
+
+
+def test_patch_that_does_not_apply_is_named(project: Project, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+
+    with pytest.raises(StackError, match=r"1-slots.*\.patch does not apply") as caught:
+        Native(project).build(project.service("tiny"), source=source)
+
+    assert caught.value.code == Code.BUILD
 
 
 def test_broken_record_is_moved_aside(project: Project, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ def test_page_of_the_docs_is_the_one_that_the_evidence_makes() -> None:
 
 def test_table_of_load_tests_is_the_one_that_the_summaries_make() -> None:
     assert page.LOAD_PAGE.read_text() == page.load_page()
+    assert page.SETTINGS_PAGE.read_text() == page.settings_page()
 
 
 @pytest.mark.parametrize("folder", LOAD_TESTS, ids=lambda folder: folder.name)

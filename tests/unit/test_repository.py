@@ -1,12 +1,13 @@
 """What the checked-in files promise one another."""
 
 import ast
+import hashlib
 import re
 from pathlib import Path
 
 import pytest
 
-from stack import host
+from stack import config, host
 from tests.workspace import ROOT
 
 STACK = sorted((ROOT / "stack").glob("*.py"))
@@ -44,6 +45,13 @@ def test_one_module_has_a_docker_command_line() -> None:
 
 def test_one_module_starts_processes() -> None:
     assert [path.stem for path in STACK if "import subprocess" in path.read_text()] == ["host"]
+
+
+def test_patches_are_those_that_compose_yaml_names() -> None:
+    patches = sorted((ROOT / "docker" / "patches").iterdir())
+    digest = hashlib.sha256(b"".join(patch.read_bytes() for patch in patches)).hexdigest()
+
+    assert digest.startswith(config.load(ROOT).engine.patches)
 
 
 def test_packages_of_the_container_are_those_of_the_lock(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ class Scene:
     def _stop(self, _: object) -> None:
         self.server = None
 
-    def _up(self, *_: object) -> Any:
+    def _up(self, *_: object, choose: bool) -> Any:
+        assert choose
         self.restarted += 1
         if self.fails:
             raise StackError("It ended while it loaded.", "See its log.", Code.LOAD)
