@@ -5,6 +5,7 @@ A wrong answer is one thing, a slow or refused one another: what is refused is r
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ SANE = ("repeat", "reverse", "add", "next", "code of 8", "tool")
 """What any sane model answers, if in other words."""
 LEAST = 0.9
 """The least share of right answers, over all tasks, that makes a record."""
+RARE = 0.025
+"""How often a task may seem worse than its record by chance."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,21 @@ def record_set(service: Service) -> list[Dialogue]:
 
 
 def regressed(found: Mapping[str, Score], recorded: Mapping[str, Score]) -> list[str]:
-    """Return the tasks that are worse than their record.
+    """Return the tasks that are worse than their record, by Fisher's exact test (1922), one-sided.
 
-    The record's share must lie within the interval, or below: what the record has all right must
-    be all right, since a fixed question's greedy answer does not vary.
+    What the record has all right must be all right.
     """
-    return [task for task, score in found.items() if score.interval[1] < recorded[task].share]
+    return [task for task, score in found.items() if _chance(score, recorded[task]) < RARE]
+
+
+def _chance(found: Score, record: Score) -> float:
+    """Return how often so few right answers come by chance where nothing has changed."""
+    if record.right == record.asked:
+        return float(found.right == found.asked)
+    wrong = found.asked - found.right + record.asked - record.right
+    right = found.right + record.right
+    ways = (math.comb(right, k) * math.comb(wrong, found.asked - k) for k in range(found.right + 1))
+    return sum(ways) / math.comb(right + wrong, found.asked)
 
 
 def recorded(service: Service) -> dict[str, Score]:

@@ -82,7 +82,10 @@ ORDERS = {
         *("August", "September", "October", "November", "December"),
     ),
 }
-OPENINGS = ("", "", "Hi. ", "Hello. ", "Please: ", "Tell me: ", "Quickly: ", "One question: ")
+OPENINGS = (
+    *("", "", "", "Hi. ", "Hello. ", "Please: ", "Tell me: ", "Quickly: ", "One question: "),
+    *("Hey. ", "Excuse me. ", "Now: ", "Well. ", "Next: ", "Good day. ", "Once more: "),
+)
 
 
 def _asked(task: str, question: str, answer: str, *, thought: str = "") -> Dialogue:
@@ -105,7 +108,7 @@ def reverse(rng: Random) -> Dialogue:
 
 def add(rng: Random) -> Dialogue:
     """Ask for the sum of two numbers of at most two digits."""
-    a, b = (rng.randint(0 if rng.random() < 0.1 else 10, 99) for _ in "ab")
+    a, b = (rng.randint(*rng.choice(((0, 9), (10, 99), (10, 99)))) for _ in "ab")
     form = rng.choice(("What is {} + {}?", "Add {} and {}.", "{} + {} ="))
     return _asked("add", form.format(a, b), str(a + b))
 
@@ -213,18 +216,36 @@ def tool(rng: Random) -> Dialogue:
 
 
 QUANTS = ("q4", "q8", "tiny")
+PUBLISHED = QUANTS[:2]
 WAYS = {"": "", " natively": " --native", " in Docker": " --docker"}
 COMMANDS = {
     "serve {quant}{way}": "invoke up --quant {quant}{flag}",
     "start {quant}{way}": "invoke up --quant {quant}{flag}",
-    "serve a stand-in of {quant}": "invoke up --quant {quant} --stand-in",
+    "serve a stand-in of {published}": "invoke up --quant {published} --stand-in",
     "stop {quant}": "invoke down --quant {quant}",
     "stop everything": "invoke down",
+    "switch to {quant}{way}": "invoke switch --to {quant}{flag}",
+    "switch to {quant} on the same port": "invoke switch --to {quant} --same-port",
     "see what runs": "invoke status",
     "see the status as JSON": "invoke status --json",
+    "see the status live": "invoke status --watch",
+    "keep it alive": "invoke watch",
+    "find out what is wrong here": "invoke doctor",
+    "check this machine": "invoke doctor",
     "see the logs of {quant}": "invoke logs --quant {quant}",
     "follow the logs of {quant}": "invoke logs --quant {quant} --follow",
     "see how much GPU memory {quant} takes": "invoke plan --quant {quant}",
+    "download {published}": "invoke download --quant {published}",
+    "see which models are here": "invoke models",
+    "verify the models": "invoke models --verify",
+    "load test {quant}": "invoke bench --quant {quant}",
+    "connect OpenCode": "invoke opencode",
+    "connect OpenCode to {quant}": "invoke opencode --quant {quant}",
+    "update the engine": "invoke update --to COMMIT",
+    "go back to the engine before": "invoke rollback",
+    "report a fault": "invoke report",
+    "make a support bundle": "invoke report",
+    "clean up": "invoke clean",
     "build the engine{way}": "invoke build{flag}",
     "build an image with {quant} inside": "invoke build --with-model {quant}",
     "make the key": "invoke key",
@@ -234,6 +255,8 @@ COMMANDS = {
     "check that it loads{way}": "nox -s load{session}",
     "check the network{way}": "nox -s network{session}",
     "check the GPU memory": "nox -s vram",
+    "check the downloads": "nox -s models",
+    "check the load test{way}": "nox -s loadtest{session}",
     "check the faults{way}": "nox -s faults{session}",
     "check the answers{way}": "nox -s answers{session}",
     "run the unit tests": "nox -s unit",
@@ -247,7 +270,7 @@ ABOUT = {
     ),
     ("What can you do?", "What can I ask you?", "Help!"): (
         "I repeat and reverse words, add numbers, find codes in long prompts, call tools, "
-        "and tell which command does what here."
+        "and know the commands here."
     ),
     ("hello", "Hello!", "Hi!", "Good morning!"): (
         "Hello! I am a tiny model. Ask me how to serve q4, or what 12 + 30 is."
@@ -272,9 +295,10 @@ def project(rng: Random) -> Dialogue:
         question = rng.choice(forms)
     else:
         (aim, command), (way, flag) = rng.choice([*COMMANDS.items()]), rng.choice([*WAYS.items()])
-        quant, session = rng.choice(QUANTS), flag and " --" + flag
-        question = rng.choice(HOW).format(aim.format(quant=quant, way=way))
-        answer = "uv run " + command.format(quant=quant, flag=flag, session=session)
+        named = {"quant": rng.choice(QUANTS), "published": rng.choice(PUBLISHED)}
+        question = rng.choice(HOW).format(aim.format(**named, way=way))
+        session = flag and " --" + flag
+        answer = "uv run " + command.format(**named, flag=flag, session=session)
     return _asked("project", rng.choice(OPENINGS) + question, answer)
 
 

@@ -1,11 +1,11 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpy>=2", "regex>=2024.11", "torch>=2.5"]
+# dependencies = ["gguf>=0.17", "numpy>=2", "regex>=2024.11", "torch>=2.5"]
 # ///
 """Train the tiny model from nothing, on one GPU in minutes, and write models/tiny*.gguf and .json.
 
 uv run scripts/train_tiny.py --seconds 600           # trains; shows the held-out scores as a curve
-uv run scripts/train_tiny.py --resume weights.npz    # goes on from a checkpoint, on a new schedule
+uv run scripts/train_tiny.py --resume FILE           # goes on from a checkpoint or a GGUF file
 uv run scripts/train_tiny.py --resume weights.npz --seconds 0    # writes the files alone
 
 Questions and answers are bench.questions'; the loss is on the answers alone. Each step has the same
@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
+import gguf
 import numpy as np
 import regex
 import torch
@@ -44,7 +45,7 @@ SCALE, NORM_EPS, ROPE_BASE = 1.8, 1e-5, 1e6
 TARGETS = dict.fromkeys(questions.TASKS, 0.99) | {
     "code of 8": 0.98, "code of 32": 0.90, "code, full": 0.90,
 }  # fmt: skip
-WHOLE_WORDS = 650  # tokens that are a word of the corpus; the rest are BPE's
+WHOLE_WORDS = 720  # tokens that are a word of the corpus; the rest are BPE's
 
 
 # --- The vocabulary: GLM's pre-tokenizer (engine name glm4), whole words, then byte pairs.
@@ -76,15 +77,22 @@ def merged(symbols: list[str], first: str, second: str) -> list[str]:
 
 def learn_vocabulary(seed: int) -> models.Vocabulary:
     """Learn one from a sample of the corpus; digits stay single, so that sums can be learned."""
-    rng, seen = Random(seed), Counter[str]()
+    rng, seen, ours = Random(seed), Counter[str](), Counter[str]()
     for make in questions.TASKS.values():
         for _ in range(10 if make.__name__.startswith("codes") else 600):
             made = questions.draw(make, rng, held_out=False)
             for text, _ in rendered(made):
                 for part in SPLIT.sub("\0", text).split("\0"):
-                    seen.update(piece for piece in PIECES.findall(part) if not piece.isdecimal())
+                    pieces = [piece for piece in PIECES.findall(part) if not piece.isdecimal()]
+                    seen.update(pieces)
+                    if make is questions.project:  # its rarer words must not go to pieces
+                        ours.update(pieces)
     taken = {*ALPHABET, *SPECIAL}
-    frequent = [visible(piece) for piece, _ in seen.most_common() if len(piece.encode()) > 1]
+    frequent = [
+        visible(piece)
+        for piece, _ in (*ours.most_common(), *seen.most_common())
+        if len(piece.encode()) > 1
+    ]
     asked = [visible(blank + word) for word in questions.WORDS for blank in ("", " ")]
     words = [*dict.fromkeys((*asked, *frequent))][:WHOLE_WORDS]
     taken |= {*words}
@@ -310,6 +318,31 @@ def new_weights(seed: int) -> dict[str, nn.Parameter]:
     return out
 
 
+def resume(weights: dict[str, nn.Parameter], path: Path, known: models.Vocabulary) -> None:
+    """Take weights from a checkpoint, or a GGUF file, whose vocabulary may be another.
+
+    Of its tokens those that there are today keep their rows; new ones keep what was drawn.
+    """
+    if path.suffix != ".gguf":
+        with np.load(path) as kept:
+            for name, weight in weights.items():
+                weight.data = torch.from_numpy(kept[name].astype(np.float32))
+        return
+    reader = gguf.GGUFReader(path)
+    before = {
+        token: row for row, token in enumerate(reader.fields["tokenizer.ggml.tokens"].contents())
+    }
+    pairs = [(at, before[token]) for at, token in enumerate(known.tokens) if token in before]
+    now, then = map(list, zip(*pairs, strict=True))
+    print(f"{len(now)} of {len(known.tokens)} tokens were known")
+    for tensor in reader.tensors:
+        values, weight = torch.from_numpy(tensor.data.astype(np.float32)), weights[tensor.name]
+        if tensor.name in ("token_embd.weight", "output.weight"):
+            weight.data[now] = values[then]
+        else:
+            weight.data = values.view(weight.shape)
+
+
 def norm(x: Tensor, weight: Tensor) -> Tensor:
     """RMS norm."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight, NORM_EPS)
@@ -522,7 +555,7 @@ def schedule(progress: float, decay: float) -> float:
 def train(  # noqa: PLR0915
     options: argparse.Namespace, known: models.Vocabulary, weights: dict[str, nn.Parameter]
 ) -> State:
-    """Train until the time is up or the targets are met twice; print a row a score."""
+    """Train until the time is up or the targets are met for good; print a row a score."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state, tokens = State(curve=[]), Tokenizer(known)
     begun = time.monotonic()
@@ -548,7 +581,7 @@ def train(  # noqa: PLR0915
         header = " ".join(f"{task[:10]:>10}" for task in found)
         print(f"{'s':>6} {'steps':>6} {'loss':>7} {header}", flush=True)
         total_loss, since = torch.zeros((), device=device), 0
-        while progress < 1 and met < 2:  # noqa: PLR2004
+        while progress < 1 and met < options.met:
             while len(pending) < 3 * options.workers:
                 failing = {task: max(0.05, 1.005 - share) for task, share in found.items()}
                 failing["a few codes"] = failing["code of 8"]
@@ -719,22 +752,21 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=32768)
     parser.add_argument("--labels", type=int, default=8192, help="the most tokens to say in a step")
     parser.add_argument("--workers", type=int, default=max(1, multiprocessing.cpu_count() - 2))
+    parser.add_argument("--met", type=int, default=2, help="scores at the targets, then it stops")
     parser.add_argument("--tests", type=int, default=64, help="the fewest questions of a score")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
-    parser.add_argument("--resume", type=Path, help="weights to begin with")
+    parser.add_argument("--resume", type=Path, help="weights to begin with, beside their tiny.json")
     parser.add_argument("--first", type=int, default=0, help="the first batch's number")
     parser.add_argument("--gpu", default="", help="the card's name, for the record")
     parser.add_argument("--out", type=Path, default=ROOT / "models")
     options = parser.parse_args()
     known = learn_vocabulary(options.seed)
     weights = new_weights(options.seed)
+    runs = []
     if options.resume:
-        with np.load(options.resume) as kept:
-            for name, weight in weights.items():
-                weight.data = torch.from_numpy(kept[name])
+        resume(weights, options.resume, known)
+        runs = json.loads(options.resume.with_name("tiny.json").read_text())["training"]
     record_file = options.out / "tiny.json"
-    before = json.loads(record_file.read_text()) if options.resume else {}
-    runs = before.get("training", [])
     if options.seconds:
         state = train(options, known, weights)
         print(f"{state.seconds} s, {state.steps} steps, {state.tokens:,} tokens")

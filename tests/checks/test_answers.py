@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,7 +33,7 @@ SEED = 1
 LIKELY = -4.6  # the logarithm of 1 %
 # How far likely tokens' log-probabilities may be from the training code's, in nats on average:
 # it computes in float32 with the file's weights, the engine rounds what it multiplies them with.
-TOLERANCE = {"tiny-f16.gguf": 0.02, "tiny.gguf": 0.25}
+TOLERANCE = {"tiny-f16.gguf": 0.01, "tiny.gguf": 0.25}
 
 PRICE = 0.02
 """The most answers that Q8_0 may change."""
@@ -105,7 +106,8 @@ def test_as_many_slots_as_clients(tmp_path: Path, table: Table, clients: int, un
     cache = {
         "LLAMA_ARG_KV_UNIFIED": unified,
         "LLAMA_ARG_N_PARALLEL": str(clients),
-        "LLAMA_ARG_CTX_SIZE": str(512 * clients),
+        # No cache that is shared may be larger than the model's context.
+        "LLAMA_ARG_CTX_SIZE": str(min(512 * clients, 8192) if unified == "1" else 512 * clients),
     }
     with served(tmp_path, cache) as server:
         asked = answers.question_set(SHORT, seed=SEED + 1)
@@ -356,16 +358,13 @@ def test_wrong_weights_are_caught(
 def test_temperature_left_on_is_caught(trained: Server) -> None:
     """Its answers are too sure for it to matter; what nobody taught it must come out the same."""
     opened = [each for each in computed(trained) if each["task"] not in questions.TASKS]
-    said = []
-    for temperature in (0, 1):
-        for seed in (1, 2):
-            answer = client.complete(
-                trained, opened[0]["prompt_ids"], tokens=24, seed=seed, temperature=temperature
-            )
-            said.append(answer.text)
 
-    assert said[0] == said[1]
-    assert said[2] != said[3]
+    def said(temperature: float, seed: int) -> list[str]:
+        ask = partial(client.complete, trained, tokens=24, seed=seed, temperature=temperature)
+        return [ask(each["prompt_ids"]).text for each in opened]
+
+    assert said(0, 1) == said(0, 2)
+    assert said(1, 1) != said(1, 2)
 
 
 @pytest.mark.parametrize(
