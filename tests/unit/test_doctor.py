@@ -90,6 +90,7 @@ class Machine:
             labels = {
                 "org.opencontainers.image.revision": engine.commit,
                 "glm.engine.build": str(engine.build),
+                "glm.engine.patches": engine.patches,
                 "glm.cuda.archs": self.service.build_args["CUDA_ARCH"],
             } | self.labels
             attrs = {"Config": {"Entrypoint": [compose._CONFINE]}}  # noqa: SLF001

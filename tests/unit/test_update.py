@@ -75,7 +75,8 @@ class Card:
         self.done.append("prove")
         yield SimpleNamespace(server=server("new"), ready_s=1.0)
 
-    def up(self, *_: object) -> None:
+    def up(self, *_: object, choose: bool) -> None:
+        assert choose
         self.done.append("up")
         self.served = True
 
