@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-import yaml
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from docker.models.containers import Container
@@ -29,7 +28,6 @@ from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
 from tests.checks.conftest import Target
-from tests.workspace import ROOT
 
 Logged = tuple[Server, Path]
 
@@ -201,13 +199,6 @@ def test_labels_tell_the_build(engine: Runtime, project: Project, service: Servi
     assert labels["glm.engine.backend"] == service.backend
     assert labels["glm.cuda.archs"] == service.build_args.get("CUDA_ARCH", "")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT.+Z", labels["org.opencontainers.image.created"])
-
-
-def test_the_commit_stands_twice_in_compose_and_is_the_same() -> None:
-    raw = yaml.safe_load((ROOT / "compose.yaml").read_text())
-
-    context = raw["x-server"]["build"]["additional_contexts"]["engine"]
-    assert context.endswith(f"#{raw['x-engine']['commit']}}}")
 
 
 @pytest.fixture

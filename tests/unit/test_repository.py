@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stack import config, host
 from tests.workspace import ROOT
@@ -45,6 +46,13 @@ def test_one_module_has_a_docker_command_line() -> None:
 
 def test_one_module_starts_processes() -> None:
     assert [path.stem for path in STACK if "import subprocess" in path.read_text()] == ["host"]
+
+
+def test_the_commit_stands_twice_in_compose_and_is_the_same() -> None:
+    raw = config.interpolate(yaml.safe_load((ROOT / "compose.yaml").read_text()), {})
+
+    context = raw["x-server"]["build"]["additional_contexts"]["engine"]
+    assert context.endswith(f"#{raw['x-engine']['commit']}")
 
 
 def test_patches_are_those_that_compose_yaml_names() -> None:
