@@ -578,9 +578,10 @@ def environment(process: Path) -> bytes:
 def test_old_one_comes_back_with_what_was_chosen_for_it_and_its_file(pair: Pair) -> None:
     pair.ensure("tiny")
     pair.invoke("down")
-    other = config.changed(pair.project, GLM_TINY_FILE="tiny-f16.gguf").service("tiny")
-    chosen = other.choosing({"GLM_SLOTS": "3"})
-    runtime.launch(pair.runtime, chosen, key=keys.read(chosen))
+    other = config.changed(pair.project, GLM_TINY_FILE="tiny-f16.gguf")
+    chosen = other.service("tiny").choosing({"GLM_SLOTS": "3"})
+    where = runtime.choose(other, want=pair.runtime.name)
+    runtime.launch(where, chosen, key=keys.read(chosen))
     pair.define(**CRASHES)
 
     done = pair.switch("exact")
