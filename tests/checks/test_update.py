@@ -122,7 +122,8 @@ def deployment(
     target = shared.resolve() / "engine"
     shared.unlink()
     (shared / "engine").mkdir(parents=True)
-    for name in (pinned.engine.commit[:12], f"{pinned.engine.commit[:12]}-cpu"):
+    built = Path(native.program(tiny, "llama-server")).parent.parent
+    for name in (pinned.engine.commit[:12], built.name):
         (shared / "engine" / name).symlink_to(target / name)
     text = (folder / "compose.yaml").read_text()
     (folder / "compose.yaml").unlink()
