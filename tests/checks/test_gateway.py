@@ -775,12 +775,12 @@ def test_slow_clients_are_ended_and_slow_nobody_down(server: Server, front: Fron
 
 
 def test_it_adds_less_than_a_millisecond_to_a_stream(
-    docker: Docker, record_property: Callable[[str, object], None]
+    docker: Docker, tell: Callable[[str], None]
 ) -> None:
     """Where a core is free, which on a busy machine takes precedence over what keeps it busy."""
     docker.check()
     direct, through, first = bench.measure(rounds=1, duration_s=2)
-    record_property("ways", bench.table([way for way in (direct, through, first) if way]))
+    tell(bench.table([way for way in (direct, through, first) if way]))
     if first is None:
         pytest.skip("the system gives no process precedence here, so busy cores would be measured")
 

@@ -34,9 +34,9 @@ FEW, MANY = 1, 12
 # that is less than two processes on two cores can be held to.
 PLAN = Plan(
     clients=(FEW, MANY),
-    prompt=Spread(480, 544),
+    prompt=Spread(224, 288),
     output=Spread(48, 80),
-    duration_s=4,
+    duration_s=5,
     warmup_s=1,
     repeats=1,
 )
