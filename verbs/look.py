@@ -79,10 +79,19 @@ def watch(
     project = read_project(stand_in=stand_in)
     services = select(project, quant or list(project.services))
     limits = Limits(stuck_s=limit, silent_s=limit, stall_s=2 * limit, budget=budget)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        # Python drops what is raised while it finalises an object: then the loop has to tell.
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
     with host.lock(project.state / "watch", verb="watch"):
         watching = Watch(project, services, limits)
-        while True:
+        while not asked:
             gave_up = False
             for event in watching.look():
                 gave_up |= "gave up" in event.what
@@ -91,6 +100,7 @@ def watch(
             if once:
                 raise Exit(code=int(gave_up))
             time.sleep(interval)
+    raise KeyboardInterrupt
 
 
 def report(findings: "tuple[Finding, ...]") -> Any:

@@ -151,7 +151,10 @@ def watching(watched: Watched, *, limit_s: float = LIMIT_S) -> Iterator[Started]
             yield process
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(PATIENCE_S)
+            try:
+                process.wait(PATIENCE_S)
+            finally:  # whoever waits for it next has no limit
+                process.kill()
             reader.join()
             said = process.stderr.read() if process.stderr else ""
     assert "Traceback" not in said, said
