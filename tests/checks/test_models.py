@@ -33,7 +33,7 @@ from tests.workspace import Started
 
 FILE = "tiny.gguf"
 LOCK = "models.lock"
-OWN = {".download/lock", ".download/verified.json"}
+OWN = {f".download/{name}" for name in (host.MARKER, "lock", "verified.json")}
 TOKEN = "hf_that-nobody-may-see"
 TAIL_BYTES = 32 << 20  # so that the file is several of the library's chunks long
 NO_MORE: Mapping[str, str] = {}
@@ -576,6 +576,7 @@ def test_disk_full_at_60_percent(deployment: Deployment, small_disk: Callable[[s
 
 def test_half_written_notes_of_a_killed_run_go(deployment: Deployment) -> None:
     (deployment.models / ".download").mkdir()
+    (deployment.models / ".download" / host.MARKER).touch()
     for name in (f".{LOCK}.k1ll3d_0", ".download/.verified.json.k1ll3d_0"):
         (deployment.models / name).write_text("[")
 
