@@ -17,8 +17,6 @@ PRIVATE_GAIN = 2
 """How much more private caches must hold than a shared one, in which one client may grow long
 while the others are short."""
 FASTER: Settings = MappingProxyType({"GLM_UBATCH": "2048", "GLM_GPU_SAMPLING": "1"})
-NAMES = {"GLM_SLOTS", "GLM_CONTEXT", "GLM_SHARED_CACHE", *FASTER}
-"""What is chosen, unless `.env` or the command line says it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def choose(
 ) -> Choice:
     """Choose slots, context, private or shared cache, micro-batch and where sampling happens.
 
-    `pinned` are the user's own, which stay.
+    `pinned` are the user's own settings, which stay.
     A slot a client; each with a cache of its own unless a shared one would hold half as much: in
     a shared cache every stream's attention runs over all streams' tokens. The context is the
     largest that leaves 1 GiB free.

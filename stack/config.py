@@ -270,7 +270,7 @@ def _settable(environment: Mapping[str, Any]) -> dict[str, str]:
 
 def pinned(root: Path) -> Engine:
     """Return the engine that compose.yaml pins, whatever is current."""
-    raw = yaml.safe_load((root / "compose.yaml").read_text())
+    _, raw = _compose_file(root)
     return _engine(interpolate(raw["x-engine"], {}))
 
 

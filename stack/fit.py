@@ -1,5 +1,7 @@
 """Whether a model fits on this machine's GPU, and whether it went there."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stack import choice, gguf_header, gpu, models, plan
@@ -83,12 +85,8 @@ def check(service: Service, header: Header, freed: Release | None = None) -> Non
     (device,) = gpu.require(service)
     if device.free_mib is None:  # nothing to hold it against; the engine's own error is next
         return
-    free_mib = device.free_mib + (freed.mib if freed and freed.uuid == device.uuid else 0)
-    try:
-        plan.fits(plan.ledger(service, header), free_mib)
-    except StackError as error:
-        cause = f"{error.cause}{_held(device)}"
-        raise StackError(cause, error.remedy, error.code) from None
+    with _naming_holders(device):
+        plan.fits(plan.ledger(service, header), device.free_mib + _from(freed, device))
 
 
 def choose(
@@ -111,18 +109,26 @@ def choose(
     device = next(iter(gpu.of(service)), None)
     if device is None or device.free_mib is None:
         return None
-    free_mib = device.free_mib + (freed.mib if freed and freed.uuid == device.uuid else 0)
-
-    try:
+    with _naming_holders(device):
         return choice.choose(
             service,
             header,
-            free_mib=free_mib - leave_mib,
+            free_mib=device.free_mib + _from(freed, device) - leave_mib,
             clients=project.clients,
-            pinned={
-                name: project.settings[name] for name in choice.NAMES & project.settings.keys()
-            },
+            pinned=project.settings,
         )
+
+
+def _from(freed: Release | None, device: gpu.Gpu) -> int:
+    """Return what a release gives back to a GPU."""
+    return freed.mib if freed and freed.uuid == device.uuid else 0
+
+
+@contextlib.contextmanager
+def _naming_holders(device: gpu.Gpu) -> Iterator[None]:
+    """Add who holds the GPU to what does not fit on it."""
+    try:
+        yield
     except StackError as error:
         cause = f"{error.cause}{_held(device)}"
         raise StackError(cause, error.remedy, error.code) from None
