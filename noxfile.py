@@ -126,6 +126,12 @@ def requests(session: nox.Session) -> None:
 
 
 @nox.session
+def api(session: nox.Session) -> None:
+    """Check that the server answers as docs/openapi.yaml says, whatever it is sent."""
+    _pytest(session, "tests/checks/test_api.py", *session.posargs)
+
+
+@nox.session
 def update(session: nox.Session) -> None:
     """Check that an engine is moved only once proved, and back; a bad one changes nothing."""
     _pytest(session, "tests/checks/test_update.py", *session.posargs)

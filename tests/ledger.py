@@ -1,10 +1,12 @@
 """Keeps what the checks tried, and what came of it: `docs/faults.md` is made of nothing else.
 
 A run writes its rows below `.state`; with `--record` they replace its former ones in the record.
+`python -m tests.ledger` makes the page of the record again.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +27,11 @@ Outcomes of hostile requests: HTTP statuses; `died`, the server did; `cut`, the 
 did; `slow`, no answer after 5 s of the server's CPU time; `stuck`, nobody else was answered
 meanwhile; `heavy`, it took over 2 GiB. Nothing of this kind is open to who has no key.
 """
+NOTICE = """\
+Each session of checks is run on something that is broken on purpose, and must fail.
+"""
+SAID = 160
+"""Characters that are kept of what a check said."""
 
 
 @dataclass
@@ -42,12 +49,23 @@ class Row:
     failed: bool = False
 
 
+@dataclass(frozen=True, order=True)
+class Caught:
+    """What was broken on purpose, and what the check that must notice said."""
+
+    session: str
+    check: str
+    broken: str
+    said: str = field(compare=False)
+
+
 @dataclass
 class Ledger:
-    """The rows of a session."""
+    """The rows of a session, and what its checks caught."""
 
     session: str
     rows: list[Row] = field(default_factory=list)
+    caught: set[Caught] = field(default_factory=set)
 
     @contextmanager
     def trying(self, row: str, case: str, *, expected: str, target: object) -> Iterator[Row]:
@@ -60,6 +78,21 @@ class Ledger:
             entry.failed = True
             entry.found = entry.found or str(error).strip().partition("\n")[0]
             raise
+
+    @contextmanager
+    def catching(self, check: Callable[..., object], broken: str, *, says: str) -> Iterator[None]:
+        """Run a check, in the body, on what is broken: it must fail, and its words match `says`."""
+        name = check.__name__.removeprefix("test_")
+        try:
+            yield
+        except (Exception, BaseExceptionGroup) as error:
+            said = told(error)
+            if not re.search(says, said):
+                raise
+            line = next(each for each in said.splitlines() if re.search(says, each))
+            self.caught.add(Caught(self.session, name, broken, line.strip()[:SAID]))
+        else:
+            raise AssertionError(f"{name} does not notice: {broken}")
 
     def write(self, folder: Path) -> None:
         """Write the rows of this run."""
@@ -76,9 +109,20 @@ class Ledger:
             raise ValueError(f"not recorded, since these failed: {', '.join(failed)}")
         new = {(each.session, each.case, each.target) for each in self.rows}
         kept = [each for each in read() if (each.session, each.case, each.target) not in new]
-        rows = [asdict(each) for each in sorted([*kept, *self.rows], key=_order)]
-        RECORD.write_text(json.dumps({"engine": engine, "rows": rows}, indent=1) + "\n")
+        record = {
+            "engine": engine,
+            "rows": [asdict(each) for each in sorted([*kept, *self.rows], key=_order)],
+            "caught": [asdict(each) for each in sorted(self.caught | set(read_caught()))],
+        }
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
         PAGE.write_text(page())
+
+
+def told(error: BaseException) -> str:
+    """Return all the words of an error, or of a group of them."""
+    if isinstance(error, BaseExceptionGroup):
+        return "\n".join(map(told, error.exceptions))
+    return str(error) or type(error).__name__
 
 
 def _order(row: Row) -> tuple[str, str, int, str, str]:
@@ -90,6 +134,13 @@ def read() -> list[Row]:
     if not RECORD.exists():
         return []
     return [Row(**each) for each in json.loads(RECORD.read_text())["rows"]]
+
+
+def read_caught() -> list[Caught]:
+    """Return what is recorded of broken things that were caught."""
+    if not RECORD.exists():
+        return []
+    return [Caught(**each) for each in json.loads(RECORD.read_text()).get("caught", [])]
 
 
 def page() -> str:
@@ -104,13 +155,26 @@ def page() -> str:
         _table(off, why=True),
         "\n## What holds\n",
         _table([each for each in rows if not each.why], why=False),
+        "\n## What the checks notice\n",
+        NOTICE,
+        _lines(
+            ["Session", "Check", "Broken", "It says"],
+            (
+                [each.session, _sentence(each.check), each.broken, each.said]
+                for each in read_caught()
+            ),
+        ),
     ]
     return "\n".join(parts) + "\n"
 
 
+def _sentence(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def _table(rows: Iterable[Row], *, why: bool) -> str:
     head = ["Row", "Case", "Expected", "Found", "Inputs", *(["What is known"] if why else [])]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     cases: dict[tuple[str, str, str], list[Row]] = {}
     for each in rows:
         cases.setdefault((each.row, each.case, each.expected), []).append(each)
@@ -120,4 +184,16 @@ def _table(rows: Iterable[Row], *, why: bool) -> str:
         inputs = f"{sum(each.inputs for each in same):,}"
         cells = [row, case, expected, found.pop() if len(found) == 1 else "; ".join(told), inputs]
         lines.append([*cells, *(["; ".join(dict.fromkeys(e.why for e in same))] if why else [])])
-    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in lines)
+    return _lines(head, lines)
+
+
+def _lines(head: list[str], rows: Iterable[list[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+        for cells in (head, ["---"] * len(head), *rows)
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
