@@ -101,6 +101,12 @@ def loadtest(session: nox.Session) -> None:
     _pytest(session, "tests/checks/test_loadtest.py", *session.posargs)
 
 
+@nox.session
+def tune(session: nox.Session) -> None:
+    """Tune a quant: candidates that crash, an interruption, what serves, and what `up` takes."""
+    _pytest(session, "tests/checks/test_tune.py", *session.posargs)
+
+
 @nox.session(default=False)
 def loadtest_peers(session: nox.Session) -> None:
     """Compare our load generator with established ones, each against servers of known timing."""

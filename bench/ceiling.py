@@ -116,8 +116,11 @@ def measure(
     prompt_tokens: int,
     output_tokens: int,
     repeats: int = REPEATS,
+    limit_s: float = LIMIT_S,
 ) -> Ceiling:
     """Run both benchmarks for prompts and outputs of these lengths; the server must not run.
+
+    Each may take `limit_s`.
 
     Raises:
         StackError: LOAD when one fails, VERIFY when what it says cannot be read.
@@ -129,7 +132,7 @@ def measure(
         "llama-batched-bench",
         *("-npp", str(prompt_tokens), "-ntg", ",".join([str(output_tokens)] * repeats)),
         *("-npl", ",".join(map(str, asked)), "--output-format", "jsonl"),
-        timeout_s=LIMIT_S,
+        timeout_s=limit_s,
     )
     single = runtime.tool(
         service,
@@ -137,7 +140,7 @@ def measure(
         *options(service.environment),
         *("--n-prompt", str(prompt_tokens), "--n-gen", str(output_tokens)),
         *("--repetitions", str(repeats), "--output", "json"),
-        timeout_s=LIMIT_S,
+        timeout_s=limit_s,
     )
     return Ceiling(
         prompt_tokens=prompt_tokens,

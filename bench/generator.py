@@ -560,7 +560,8 @@ class _Driver:
                     stop = bool(self.watch(self._snapshot()))
                 finally:
                     if stop:
-                        self.limit.reschedule(loop.time())
+                        with contextlib.suppress(RuntimeError):  # it is ending just now
+                            self.limit.reschedule(loop.time())
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(

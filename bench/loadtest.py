@@ -6,10 +6,8 @@ What was measured is on disk after every run, so that whatever ends the test ear
 import contextlib
 import datetime as dt
 import math
-import os
 import platform
 import random
-import re
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -567,10 +565,9 @@ def provenance(server: Server, says: Mapping[str, Any], root: Path) -> Provenanc
     service, own_machine = server.service, server.runtime != "attached"
     device = gpu.require(service)[0] if own_machine and service.gpus else None
     model = Path(says["model_path"]).name
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    host = f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+    here = host.processor()
     return Provenance(
-        host=host if own_machine else f"unknown; client: {host}",
+        host=here if own_machine else f"unknown; client: {here}",
         gpu=device.name if device else None,
         driver=device.driver if device else None,
         engine=says["build_info"],

@@ -113,14 +113,19 @@ class Change:
 
 
 def write(summary: Summary, path: Path) -> None:
-    """Write it whole or not at all, with six digits of each figure.
+    """Write it whole or not at all. Raises as `save`."""
+    save(asdict(summary), path)
+
+
+def save(value: Any, path: Path, *, indent: int | None = None) -> None:
+    """Write plain values whole or not at all, with six digits of each figure.
 
     Raises:
         StackError: DISK, where that is not possible.
 
     """
     try:
-        write_atomic(path, json.dumps(_plain(asdict(summary)), allow_nan=False) + "\n")
+        write_atomic(path, json.dumps(plain(value), allow_nan=False, indent=indent) + "\n")
     except OSError as error:
         raise StackError(
             f"{path} could not be written: {error.strerror or error}.",
@@ -129,13 +134,13 @@ def write(summary: Summary, path: Path) -> None:
         ) from error
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold; an infinite percentile becomes a word."""
+def plain(value: Any) -> Any:
+    """Return what JSON can hold, with six digits; an infinite percentile becomes a word."""
     match value:
         case Mapping():
-            return {key: _plain(each) for key, each in value.items()}
+            return {key: plain(each) for key, each in value.items()}
         case list() | tuple():
-            return [_plain(each) for each in value]
+            return [plain(each) for each in value]
         case float():
             return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     return value
@@ -152,7 +157,7 @@ def read(path: Path) -> Summary:
         value = _newer(json.loads(path.read_text()))
         schema = value["schema"]
         if schema == SCHEMA:
-            summary: Summary = _parse(Summary, value)
+            summary: Summary = parse(Summary, value)
             return summary
         cause = f"{path} has schema {schema}, this version writes and reads {SCHEMA}."
     except OSError as error:
@@ -176,7 +181,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _parse(kind: Any, value: Any) -> Any:
+def parse(kind: Any, value: Any) -> Any:
     """Build a value of a type from JSON, strictly: no name more, none less, no other type."""
     if isinstance(kind, type) and is_dataclass(kind):
         names = {each.name for each in fields(kind)}
@@ -184,16 +189,16 @@ def _parse(kind: Any, value: Any) -> Any:
             wrong = names.symmetric_difference(value if isinstance(value, dict) else ())
             raise ValueError(f"{kind.__name__} has other fields: {sorted(wrong)}")
         hints = _hints(kind)
-        return kind(**{name: _parse(hints[name], each) for name, each in value.items()})
+        return kind(**{name: parse(hints[name], each) for name, each in value.items()})
     parts = get_args(kind)
     origin = get_origin(kind)
     if origin is tuple and isinstance(value, list):
         kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        return tuple(_parse(part, each) for part, each in zip(kinds, value, strict=True))
+        return tuple(parse(part, each) for part, each in zip(kinds, value, strict=True))
     if origin is Mapping and isinstance(value, dict):
-        return {key: _parse(parts[1], each) for key, each in value.items()}
+        return {key: parse(parts[1], each) for key, each in value.items()}
     if parts and origin not in (tuple, Mapping):  # X | None
-        return None if value is None else _parse(parts[0], value)
+        return None if value is None else parse(parts[0], value)
     if kind is float and value in ("inf", "-inf"):
         return float(value)
     if kind is Any or type(value) is kind or (kind is float and type(value) is int):
@@ -251,7 +256,7 @@ def _same(new: Summary, old: Summary) -> None:
     names = sorted(new.settings.keys() | old.settings.keys())
     pairs += [(name, new.settings.get(name), old.settings.get(name)) for name in names]
     for name, ours, theirs in pairs:
-        if _plain(ours) != _plain(theirs):
+        if plain(ours) != plain(theirs):
             raise StackError(
                 f"The two cannot be compared: {name} is {ours}, in the baseline {theirs}.",
                 "Compare with a baseline of the same machine, model and settings, or make one.",

@@ -26,16 +26,22 @@ class Choice:
     service: Service
     """Its `chosen` are those by the names of `.env`; pinned settings are not among them."""
     clients: int
-    total_mib: int
-    free_mib: int
+    total_mib: int | None = None
+    """None without a GPU."""
+    free_mib: int | None = None
+    said: str = ""
+    """Which profile it is from, or why from none."""
 
     def __str__(self) -> str:
-        """Say what each client gets, and what that takes."""
+        """Say what each client gets, what that takes, and whether it was tuned."""
         cache = "for each, private caches" if self.service.private else "shared by all"
-        return (
+        told = (
             f"{self.service.context:,} tokens {cache}; {self.service.slots} slots for "
-            f"{self.clients} clients; {self.total_mib:,} of {self.free_mib:,} MiB free on the GPU"
+            f"{self.clients} clients"
         )
+        if self.total_mib is not None:
+            told += f"; {self.total_mib:,} of {self.free_mib:,} MiB free on the GPU"
+        return f"{told}; {self.said}" if self.said else told
 
 
 def choose(

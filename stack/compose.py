@@ -549,7 +549,7 @@ class Docker:
         return Server(
             runtime=self.name,
             service=service.as_started(settings),
-            url=f"{'https' if certificate else 'http'}://{host}:{port}",
+            url=f"{'https' if certificate else 'http'}://{host}:{port}" if port else "",
             key=key,
             certificate=certificate,
             gateway=front is not None,

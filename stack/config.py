@@ -390,8 +390,11 @@ def check_setting(name: str, value: str, *, known: set[str]) -> None:
             raise ValueError(f"{name} must be an IPv4 address, not {value!r}") from None
     elif kind == "HOSTS" and not re.fullmatch(r"[\w.-]+( [\w.-]+)*", value, re.ASCII):
         raise ValueError(f"{name} must be host names, a blank between them, not {value!r}")
+    elif kind == "MODE" and value not in _LOAD_MODES:
+        raise ValueError(f"{name} must be one of {', '.join(_LOAD_MODES)}, not {value!r}")
 
 
+_LOAD_MODES = ("auto", "none", "mmap", "mlock", "mmap+mlock", "dio")
 _WHOLE_NUMBERS = {
     "PORT": (1024, 65535),
     "CONTEXT": (256, 256 * 202752),
@@ -403,6 +406,7 @@ _WHOLE_NUMBERS = {
     "UBATCH": (32, 8192),
     "CACHE": (0, 1),
     "SAMPLING": (0, 1),
+    "THREADS": (0, 1024),
     "UID": (1, 2**31 - 1),
 }
 

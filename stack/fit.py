@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from stack import choice, gguf_header, gpu, models, plan
+from stack import choice, gguf_header, gpu, models, plan, tuned
 from stack.choice import Choice
 from stack.config import Project, Service
 from stack.engine_log import Allocation
@@ -12,6 +12,7 @@ from stack.errors import Code, StackError
 from stack.gguf_header import Header
 from stack.host import name
 from stack.server import Server
+from stack.tuned import Profile
 from stack.wait import WaitTimeoutError, wait_until
 
 _RELEASE_S = 30
@@ -66,7 +67,7 @@ def wait_released(expected: Release, *, timeout_s: float = _RELEASE_S) -> None:
         wait_until(free, timeout_s=timeout_s, interval_s=0.1, what="not released")
     except WaitTimeoutError:
         here = device()
-        told = f"{here.free_mib or 0:,} MiB are free.{_held(here)}" if here else "the GPU is gone."
+        told = f"{here.free_mib or 0:,} MiB are free.{held(here)}" if here else "the GPU is gone."
         raise StackError(
             f"{expected.mib:,} MiB were not released within {timeout_s:g} s: {told}",
             "End what holds them, or reset the GPU.",
@@ -96,27 +97,54 @@ def choose(
     *,
     freed: Release | None = None,
     leave_mib: int = 0,
+    profiled: bool = True,
 ) -> Choice | None:
     """Choose for the project's clients what .env leaves open, from what is free on the GPU now.
 
-    That counts what will be `freed`, and not `leave_mib`. None where the service has no GPU, or the
-    GPU does not tell what is free.
+    That counts what will be `freed`, and not `leave_mib`. With `profiled`, as a profile says that
+    holds here and fits. None where there is none, and the service has no GPU, or the GPU does not
+    tell what is free.
 
     Raises:
         StackError: VRAM or USAGE as `choice.choose`, with who holds the rest.
 
     """
     device = next(iter(gpu.of(service)), None)
-    if device is None or device.free_mib is None:
-        return None
+    free_mib = device.free_mib if device else None
+    if device and free_mib is not None:
+        free_mib += _from(freed, device) - leave_mib
+    told = tuned.chosen(project, service) if profiled else tuned.Selection()
+    said = told.said
+    if told.profile:
+        made = as_tuned(project, service, header, told.profile, free_mib)
+        if isinstance(made, Choice):
+            return made
+        said = made
+    if device is None or free_mib is None:
+        return Choice(service, project.clients, said=said) if said and not service.gpus else None
     with _naming_holders(device):
-        return choice.choose(
-            service,
-            header,
-            free_mib=device.free_mib + _from(freed, device) - leave_mib,
-            clients=project.clients,
-            pinned=project.settings,
+        made = choice.choose(
+            service, header, free_mib=free_mib, clients=project.clients, pinned=project.settings
         )
+        return replace(made, said=said)
+
+
+def as_tuned(
+    project: Project, service: Service, header: Header, profile: Profile, free_mib: int | None
+) -> Choice | str:
+    """Return a service with a profile's settings, or say that they do not fit in what is free."""
+    pinned, told = project.settings, f"as tuned on {profile.at[:10]} ({profile.path})"
+    open_ = {name: value for name, value in profile.settings.items() if name not in pinned}
+    varied = service.choosing(open_)
+    if free_mib is None or not service.gpus:
+        return Choice(varied, project.clients, said=told)
+    try:
+        plan.check_context(varied, header)
+        ledger = plan.ledger(varied, header)
+        plan.fits(ledger, free_mib)
+    except StackError as error:
+        return f"planned again, since {profile.path} does not fit now: {error.cause}"
+    return Choice(varied, project.clients, ledger.total_mib, free_mib, told)
 
 
 def _from(freed: Release | None, device: gpu.Gpu) -> int:
@@ -130,7 +158,7 @@ def _naming_holders(device: gpu.Gpu) -> Iterator[None]:
     try:
         yield
     except StackError as error:
-        cause = f"{error.cause}{_held(device)}"
+        cause = f"{error.cause}{held(device)}"
         raise StackError(cause, error.remedy, error.code) from None
 
 
@@ -139,7 +167,8 @@ def least_mib(services: list[Service]) -> int:
     return sum(each.ledger.total_mib for each in plans([s for s in services if s.gpus]))
 
 
-def _held(device: gpu.Gpu) -> str:
+def held(device: gpu.Gpu) -> str:
+    """Say who holds a GPU, as a sentence after another."""
     holders = "; ".join(_holder(pid, device.uuid) for pid in device.pids)
     return f" Held by {holders or 'no process that this user may see'}."
 

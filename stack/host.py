@@ -5,6 +5,8 @@ import ctypes
 import fcntl
 import ipaddress
 import os
+import platform
+import re
 import signal
 import socket
 import stat
@@ -459,6 +461,12 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             if self.alive():
                 os.killpg(self.pid, number)
+
+
+def processor() -> str:
+    """Return the CPU's model and the number of cores."""
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
 
 
 def name(pid: int) -> str:

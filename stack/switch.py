@@ -115,7 +115,7 @@ def switch(
     if served:
         return Switched(runtime.up(where, project, project.service(quant), choose=True))
     port = {_setting(quant, "PORT"): str(server.port)} if same_port else {}
-    anew, as_was = config.changed(project, **port), _as_it_runs(project, server)
+    anew = config.changed(project, **port)
     if same_port and anew.service(quant).port != server.port:
         raise StackError(
             f"compose.yaml has no {_setting(quant, 'PORT')} to move {quant} to port {server.port}.",
@@ -126,8 +126,7 @@ def switch(
     new = Side(
         runtime.choose(anew, want=want or where.name, progress=progress), anew.service(quant), key
     )
-    left = as_was.service(server.service.quant).choosing(server.service.chosen)
-    old = Side(runtime.choose(as_was, want=where.name), left, server.key)
+    old = _as_it_runs(project, where, server)
     began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     record = Record(_path(project), str(old), str(new), began)
     note = partial(_log.warning, "Please wait: what was begun is being undone.")
@@ -217,8 +216,8 @@ def _setting(quant: str, what: str) -> str:
     return f"GLM_{quant.upper()}_{what}"
 
 
-def _as_it_runs(project: Project, server: Server) -> Project:
-    """Return the project with the settings that bring a server back as it runs now.
+def _as_it_runs(project: Project, where: Runtime, server: Server) -> Side:
+    """Return what brings a server back as it runs now.
 
     Raises:
         StackError: USAGE, where the settings have changed since it was started.
@@ -229,18 +228,55 @@ def _as_it_runs(project: Project, server: Server) -> Project:
     try:
         file = Path(client.props(server)["model_path"]).name
     except StackError:  # it loads, or is stuck: no reason not to replace it
-        return config.changed(project, **settings)
-    if file != project.service(quant).model_file.name:  # a stand-in, say, or no longer one
+        file = ""
+    if file and file != project.service(quant).model_file.name:  # a stand-in, or no longer one
         settings |= {_setting(quant, "FILE"): file}
     same = config.changed(project, **settings)
     again = same.service(quant).choosing(service.chosen)
-    if other := runtime.differs(replace(server, service=again)):
+    if file and (other := runtime.differs(replace(server, service=again))):
         raise StackError(
             f"{service.name} was started with {other}; it could not come back as it is.",
             "Set that in .env again, or down and up it first.",
             Code.USAGE,
         )
-    return same
+    return Side(runtime.choose(same, want=where.name), again, server.key)
+
+
+@contextlib.contextmanager
+def set_aside(project: Project, interrupts: Interrupts) -> Iterator[None]:
+    """Stop what runs while the context lasts, and then serve it again as it was.
+
+    Raises:
+        StackError: USAGE where one could not come back as it is, and it serves on; DARK where one
+            did not come back.
+
+    """
+    left = [(_as_it_runs(project, *pair), pair[1]) for pair in runtime.alive(project)]
+    stopped: list[Side] = []
+    try:
+        for side, server in left:
+            _drain(server, DRAIN_S)
+            freed = fit.release(server)
+            stopped.append(side)
+            _stop(side)
+            if freed:
+                fit.wait_released(freed)
+        yield
+    finally:
+        interrupts.shield()
+        failed = [each for each in map(_bring_back, stopped) if each]
+        if failed:
+            raise failed[0]
+
+
+def _bring_back(side: Side) -> StackError | None:
+    try:
+        with runtime.reserved(side.service):
+            runtime.launch(side.runtime, side.service, key=side.key)
+    except StackError as error:
+        return StackError(f"{side} did not come back: {error.cause}", error.remedy, Code.DARK)
+    _log.info("%s serves again.", side)
+    return None
 
 
 def _drain(server: Server, budget_s: float) -> int | None:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from verbs.terminal import ROOT, dump, read_project, select, task
+from verbs.terminal import ROOT, acting, dump, read_project, select, task
 
 if TYPE_CHECKING:
     from bench.loadtest import Finished
+    from bench.tune import Tuned
 
 
 @task
@@ -116,6 +117,75 @@ def _tell_bench(done: "Finished", folder: Path, *, as_json: bool) -> None:
         print(f"Report and records are in {folder}.\n{done.said}")
     if done.said.code:
         raise Exit(code=done.said.code)
+
+
+@task
+def tune(
+    _: Context,
+    quant: list[str],
+    clients: str = "",
+    budget: str = "20m",
+    shape: str = "chat",
+    slo: str = "",
+    replace: bool = False,
+    native: bool = False,
+    docker: bool = False,
+    stand_in: bool = False,
+    json: bool = False,
+) -> None:
+    """Measure which settings serve so many clients best here; `up` then takes them."""
+    from bench import tune as tuning
+
+    with acting("tune", native=native, docker=docker, stand_in=stand_in) as act:
+        project = act.project
+        clients = clients or f"1,{project.clients}"
+        ask = tuning.parse(clients=clients, budget=budget, shape=shape, slo=slo)
+        found, path = tuning.tune(
+            project,
+            select(project, quant)[0].quant,
+            ask,
+            want=act.runtime.name,
+            stand_in=stand_in,
+            replace_running=replace,
+            progress=act.progress,
+        )
+    if json:
+        print(dump([{**asdict(found), "profile": str(path)}]))
+    else:
+        _tell_tuned(found, path)
+
+
+def _tell_tuned(found: "Tuned", path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = {trial.candidate: trial for trial in found.trials}
+    counts = [f"{n} client{'s' * (n > 1)}" for n in found.clients]
+    table = Table("candidate", *counts, "score", "ready s", "", box=None, pad_edge=False)
+    for name in [*found.scores, *(name for name in rows if name not in found.scores)]:
+        trial = rows[name]
+        score = f"{found.scores[name]:,.0f}" if name in found.scores else ""
+        rates = {run.clients: f"{run.tokens_s:,.0f}" for run in trial.runs}
+        ready = "" if trial.ready_s is None else f"{trial.ready_s:.1f}"
+        note = trial.failed or ("best" if name == found.winner else "")
+        table.add_row(name, *(rates.get(n, "") for n in found.clients), score, ready, note)
+    Console().print(table)
+    print("Output tokens a second in each candidate's longest run; the score is of all its runs.")
+    if found.left_out:
+        print(f"Not reached within the budget: {', '.join(found.left_out)}.")
+    if found.ceiling:
+        shares = (f"{100 * part:.0f} % at {n}" for n, part in found.of_engine.items())
+        print(f"The best decodes, of what the engine does without a server: {', '.join(shares)}.")
+    else:
+        print(f"The engine was not measured without a server: {found.no_ceiling}")
+    if found.starts:
+        took = ", ".join(f"{mode} {seconds:.1f} s" for mode, seconds in found.starts.items())
+        print(f"Ready from a cold file: {took}.")
+    gain = "" if found.gain is None else f", {found.gain:.2f} x what is chosen untuned"
+    print(f"Best: {found.winner}{gain}.")
+    if sum(trial.candidate == found.winner for trial in found.trials) == 1:
+        print("It was measured once: a longer --budget, which goes on from here, would make sure.")
+    print(f"{path}; `invoke up --clients {max(found.clients)}` takes it.")
 
 
 @task

@@ -33,9 +33,9 @@ HELP = {
     "attach": "the URL of a server that runs already, instead of one of our own",
     "b": "the one that it is compared with",
     "baseline": "a summary.json that nothing may be worse than",
-    "budget": "restarts within 15 minutes, before it gives up",
+    "budget": "restarts within 15 minutes, before it gives up; of tune, the time for it: 20m, 90s",
     "ceiling": "do not measure what the engine does without a server",
-    "clients": "how many at once: up chooses for them, bench sends as they would (1,4,16,64)",
+    "clients": "how many at once: up chooses for them, bench and tune send as they would (1,4,16)",
     "context": "tokens of context, in place of GLM_CONTEXT",
     "docker": "insist on Docker",
     "host": "the name or address at which agents reach the server, asked there",
@@ -61,12 +61,14 @@ HELP = {
     "prune": "list, then remove, partial files and files fetched here that are not locked",
     "quant": "a quant of compose.yaml, the default one if none is given; may be repeated",
     "rate": "requests a second, in place of --clients: 0.5,1,2",
+    "replace": "stop what runs for that time, and bring it back",
     "repeat": "runs of each load, in random order",
     "retire": "leave only the newest key valid, and restart what runs",
     "rotate": "put a new key before the old ones, which stay valid, and restart what runs",
     "same-port": "serve on the port of the one that goes, so that no client need change",
     "seed": "of lengths, arrivals and the order of runs",
     "shared": "tokens of the common prefix",
+    "shape": "of traffic: chat, agent (long contexts that grow, their beginning cached) or mixed",
     "slo": "the target: ttft=500,tpot=30 (ms), and share=0.95",
     "slots": "requests at the same time, in place of GLM_SLOTS",
     "stand-in": "use random weights of the model's full shape, made here, instead of its file",
@@ -93,7 +95,8 @@ def task(function: Callable[..., None]) -> Any:
         from stack.errors import StackError
 
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
-        logging.getLogger("stack").setLevel(logging.INFO)
+        for name in ("stack", "bench"):
+            logging.getLogger(name).setLevel(logging.INFO)
         try:
             function(*args, **kwargs)
         except StackError as error:
