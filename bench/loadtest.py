@@ -354,6 +354,10 @@ class _LostError(Exception):
     """The server ended; the text says how and when."""
 
 
+LEAST_BYTES = 2**20
+"""What the records of a short run take."""
+
+
 def writable(folder: Path) -> None:
     """Make a folder for results.
 
@@ -363,8 +367,8 @@ def writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(LEAST_BYTES))
     except OSError as error:
         raise StackError(
             f"Results cannot be written to {folder}: {error.strerror}.",

@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import tempfile
-import time
+import threading
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ _SOCKET = "unix:///var/run/docker.sock"
 _ANSWER_LIMIT_S = 8
 _UP_LIMIT_S = 30
 _INIT_LIMIT_S = 10
+_EVENTS_S = 1
 _LABEL = "glm.engine.build"
 _BOOTSTRAPPED = "glm-base:trixie"
 _MARGIN_BYTES = 1 << 30
@@ -668,22 +669,25 @@ def _ended(client: "DockerClient", container: "Container", restarts: int) -> str
 
 def _last_end(client: "DockerClient", container: "Container") -> tuple[bool, str]:
     """Return whether a container that was brought back hit its memory limit, and its exit code."""
-    filters = {"container": container.id, "event": ["die", "oom"]}
-    until = int(time.time()) + 1  # that second is waited for
-    told = list(client.events(since=0, until=until, decode=True, filters=filters))
+    told = _events(client, container, "die", "oom")
     codes = [event["Actor"]["Attributes"].get("exitCode", "unknown") for event in told]
     return "oom" in {event["Action"] for event in told[-2:]}, codes[-1] if codes else "unknown"
 
 
 def _stopped(client: "DockerClient", container: "Container") -> bool:
-    """Return whether `docker stop` ended it, by the engine's last 256 events, health checks too."""
-    stops = client.events(
-        since=0,
-        until=int(time.time()) + 1,
-        decode=True,
-        filters={"container": container.id, "event": "stop"},
-    )
-    return any(stops)
+    """Return whether `docker stop` ended it."""
+    return bool(_events(client, container, "stop"))
+
+
+def _events(client: "DockerClient", container: "Container", *actions: str) -> list[dict[str, Any]]:
+    """Return what the engine remembers of a container: of its last 256 events, health checks too.
+
+    By no end in time, which would go by a clock that may have been set since.
+    """
+    filters = {"container": container.id, "event": [*actions]}
+    told = client.events(since=0, decode=True, filters=filters)
+    threading.Timer(_EVENTS_S, told.close).start()  # what it remembers comes at once
+    return list(told)
 
 
 def _knock() -> None:

@@ -67,6 +67,10 @@ class Service:
     """Path in the container to path on the host: volumes and secrets."""
     gpus: tuple[str, ...]
     stop_grace_s: float
+    log_bytes: int
+    """How long its log may get until it is begun anew."""
+    log_files: int
+    """How many of its last parts are kept, with the present one."""
     uid: int
     model: Model
     settable: Settings = field(default_factory=dict, compare=False)
@@ -466,7 +470,7 @@ def _service(
     deploy = raw.get("deploy", {}).get("resources", {}).get("reservations", {})
     mounts = {Path(item["target"]): root / item["source"] for item in raw["volumes"]}
     mounts |= {Path(item["target"]): secrets[item["source"]] for item in raw["secrets"]}
-    published = port.get("published", "")
+    published, log = port.get("published", ""), raw["logging"]["options"]
     return Service(
         quant=quant,
         name=f"glm-{quant}",
@@ -479,6 +483,13 @@ def _service(
         mounts=mounts,
         gpus=tuple(g for item in deploy.get("devices", ()) for g in item["device_ids"]),
         stop_grace_s=float(raw["stop_grace_period"].removesuffix("s")),
+        log_bytes=_bytes(log["max-size"]),
+        log_files=int(log["max-file"]),
         uid=int(raw["user"].partition(":")[0]),
         model=Model(**{**model, "path": Path(model["path"])}),
     )
+
+
+def _bytes(text: str) -> int:
+    """Read a size as Docker does a log's. Raises ValueError, KeyError."""
+    return int(text[:-1]) * {"k": 10**3, "m": 10**6, "g": 10**9}[text[-1]]

@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import subprocess  # noqa: TID251
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from stack import bounded_log
 from stack.errors import Code, StackError
 
 MARKER = ".made-by-glm-server"
@@ -122,23 +124,40 @@ def _end(process: "subprocess.Popen[str]", patience_s: float) -> None:
 
 
 # Dash and bash alike: a shell's own /proc entry keeps its pid and start time through exec.
-_TELL_AND_BECOME = 'read -r stat </proc/$$/stat && echo "$stat" >"$0" && exec "$@"'
+_TELL_AND_BECOME = """
+read -r stat </proc/$$/stat && echo "$stat" >"$0" || exit
+env -i "$1" -I -S "$2" "$3" "$4" "$5" $$ >/dev/null 2>&1 &
+shift 5
+exec "$@"
+"""
 
 
-def spawn(argv: Sequence[str], *, env: Mapping[str, str], log: Path, pid_file: Path) -> None:
+def spawn(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    log: Path,
+    pid_file: Path,
+    log_bytes: int = 10**7,
+    log_files: int = 1,
+) -> None:
     """Start a program that outlives this one, in a session of its own.
 
-    Its output goes to `log`, emptied first. It writes `pid_file` itself (see `Process.read`), so
-    that none is ever lost, whenever this process is killed. `Popen` would warn that nobody waits.
+    Its output goes to `log`, emptied first and bounded from then on (see `bounded_log`). It writes
+    `pid_file` itself (see `Process.read`), so that none is ever lost, whenever this process is
+    killed. `Popen` would warn that nobody waits.
     """
     pid_file.unlink(missing_ok=True)
+    for part in log.parent.glob(f"{log.name}.*"):
+        part.unlink()
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     files = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    shell = ["/bin/sh", "-c", _TELL_AND_BECOME, str(pid_file), *argv]
+    bound = (sys.executable, bounded_log.__file__, str(log), str(log_bytes), str(log_files))
+    shell = ["/bin/sh", "-c", _TELL_AND_BECOME, str(pid_file), *bound, *argv]
     os.posix_spawn(shell[0], shell, env, file_actions=files, setsid=True)
 
 
@@ -146,7 +165,8 @@ def own_folder(folder: Path) -> None:
     """Make a folder where it is missing, and mark it as ours to remove unless others use it."""
     folder.mkdir(parents=True, exist_ok=True)
     if {each.name for each in folder.iterdir()} <= _NOT_OURS_ALONE:
-        (folder / MARKER).write_text("Made by glm-server; `invoke clean` may remove this folder.\n")
+        with contextlib.suppress(OSError):  # a full disk is told by what has to be written
+            (folder / MARKER).write_text("Made by glm-server; `invoke clean` may remove it.\n")
 
 
 @contextlib.contextmanager
@@ -211,9 +231,8 @@ def _held(file: IO[str], holder: str, what: str) -> Iterator[None]:
             Code.BUSY,
         ) from None
     file.truncate(0)
-    file.seek(0)
-    file.write(f"{holder}, pid {os.getpid()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk must not keep anybody from stopping servers
+        os.pwrite(file.fileno(), f"{holder}, pid {os.getpid()}".encode(), 0)
     try:
         yield
     finally:
@@ -273,8 +292,10 @@ def write_atomic(
             file.flush()
             os.fsync(fd)
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise
     sync_folder(path.parent)
 

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from stack.bounded_log import older
 from stack.config import UNPATCHED, Project, Service
 from stack.errors import Code, StackError
 from stack.host import Process, Result, listening_port, own_folder, reason, run, spawn, write_atomic
@@ -221,6 +222,8 @@ class Native:
             env={**_inherited(), **settings},
             log=self._log_file(service),
             pid_file=self._pid_file(service),
+            log_bytes=service.log_bytes,
+            log_files=service.log_files,
         )
 
         def listening() -> Server | None:
@@ -322,8 +325,11 @@ def _inherited() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
 
 
-def _tail(path: Path, lines: int) -> str:
-    """Return the last lines of a file, reading no more than its last 64 KiB."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 65536))
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+def _tail(log: Path, lines: int) -> str:
+    """Return the last lines of a log, reading no more than 64 KiB of each of its last two parts."""
+    text = b""
+    for part in (older(log), log):
+        with contextlib.suppress(FileNotFoundError), part.open("rb") as file:
+            file.seek(max(0, part.stat().st_size - 65536))
+            text += file.read()
+    return "\n".join(text.decode(errors="replace").splitlines()[-lines:])

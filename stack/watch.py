@@ -117,7 +117,8 @@ class Watch:
 
     def _save(self, cases: dict[str, Case]) -> None:
         kept = {name: asdict(case) for name, case in cases.items() if case != Case()}
-        host.write_atomic(_file(self.project), json.dumps(kept, indent=1))
+        with contextlib.suppress(OSError):  # with a full disk, too, it mends what it can
+            host.write_atomic(_file(self.project), json.dumps(kept, indent=1))
 
     def _look(self, where: Runtime, service: Service, case: Case) -> Iterator[str]:
         now, server = time.monotonic(), _find(where, service)
@@ -202,7 +203,7 @@ class Watch:
                 if spent
                 else "no restart can mend that"
             )
-            case.gave_up = str(self._diagnose(service, server, trouble.what, why))
+            case.gave_up = self._diagnose(service, server, trouble.what, why)
             yield f"{trouble.what}; gave up after {why}: {case.gave_up}"
             return
         case.restarts.append(now)
@@ -220,8 +221,8 @@ class Watch:
         vars(case).update(vars(Case(restarts=case.restarts)))
         yield f"serves again after {up.ready_s:.1f} s"
 
-    def _diagnose(self, service: Service, server: Server | None, what: str, why: str) -> Path:
-        """Write down what is known of a trouble before the restart wipes it; return the file."""
+    def _diagnose(self, service: Service, server: Server | None, what: str, why: str) -> str:
+        """Write down what is known of a trouble before the restart wipes it; say where."""
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         lines = [
             f"{service.name}, {time.strftime('%Y-%m-%d %H:%M:%S %Z')}",
@@ -240,10 +241,14 @@ class Watch:
             server.logs(_LINES) if server else "(it is gone)",
         ]
         path = self._folder / f"{stamp}-{service.quant}.txt"
-        host.write_atomic(path, "\n".join(lines) + "\n", mode=0o600)
-        for old in sorted(self._folder.glob("*.txt"))[:-_KEPT]:
+        # Others' stamps are later than this one's where the clock was set back.
+        for old in sorted({*self._folder.glob("*.txt")} - {path})[: 1 - _KEPT]:
             old.unlink()
-        return path
+        try:
+            host.write_atomic(path, "\n".join(lines) + "\n", mode=0o600)
+        except OSError as error:  # no reason not to mend
+            return f"nowhere ({error.strerror})"
+        return str(path)
 
 
 def read(project: Project) -> dict[str, Case]:
@@ -260,7 +265,10 @@ def forget(project: Project, service: Service) -> None:
     cases = read(project)
     kept = {name: asdict(c) for name, c in cases.items() if name.split()[0] != service.quant}
     if len(kept) != len(cases):
-        host.write_atomic(_file(project), json.dumps(kept, indent=1))
+        try:
+            host.write_atomic(_file(project), json.dumps(kept, indent=1))
+        except OSError:
+            _file(project).unlink()
 
 
 def _file(project: Project) -> Path:

@@ -26,6 +26,8 @@ class Client:
     """
 
     tokens: int
+    limit_s: float = LIMIT_S
+    """Without a word, after which it goes."""
     begun: bool = False
     end: str = ""
     times: list[float] = field(default_factory=list)
@@ -42,7 +44,7 @@ class Client:
         }
         try:
             with (
-                client.session(server, timeout_s=LIMIT_S) as session,
+                client.session(server, timeout_s=self.limit_s) as session,
                 session.stream("POST", CHAT, json=body) as answer,
             ):
                 self.end = self.listen(answer)

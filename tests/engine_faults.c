@@ -1,9 +1,13 @@
-// Preloaded into the real server: faults that hardware brings about, on the sight of a file in GLM_FAULTS.
+// Preloaded into the real server: faults that hardware, or a clock that is set, bring about, on the sight of a file in
+// GLM_FAULTS. Our own commands see the clock so, too.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "llama.h"
@@ -38,4 +42,30 @@ struct llama_model *llama_model_load_from_file(const char *path, struct llama_mo
         if (i % 1000 == 0)
             usleep(1000);
     return real(path, params);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+    const int status = syscall(SYS_clock_gettime, clock, now);
+    if (status == 0 && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+        now->tv_sec += asked("tomorrow") ? 86400 : asked("yesterday") ? -86400 : 0;
+    return status;
+}
+
+int gettimeofday(struct timeval *restrict now, void *restrict zone)
+{
+    struct timespec exact;
+    const int status = clock_gettime(CLOCK_REALTIME, &exact);
+    (void)zone;
+    *now = (struct timeval){exact.tv_sec, exact.tv_nsec / 1000};
+    return status;
+}
+
+time_t time(time_t *now)
+{
+    struct timespec exact;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    if (now)
+        *now = exact.tv_sec;
+    return exact.tv_sec;
 }

@@ -1,6 +1,7 @@
 """What every task shares: its options and errors, the lock, progress bars."""
 
 import contextlib
+import errno
 import functools
 import inspect
 import json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 INTERRUPTED = 130
 PIPE_CLOSED = 141
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BRIEF_S = 2
 DRAWN_S = 0.1
 MANY = 1_000_000
@@ -92,7 +94,7 @@ def task(function: Callable[..., None]) -> Any:
 
     @functools.wraps(function)
     def body(*args: Any, **kwargs: Any) -> None:
-        from stack.errors import StackError
+        from stack.errors import Code, StackError
 
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         for name in ("stack", "bench"):
@@ -104,6 +106,11 @@ def task(function: Callable[..., None]) -> Any:
         except BrokenPipeError:  # whoever read us, as `head` does, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise Exit(code=PIPE_CLOSED) from None
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            said = f"{error.filename or 'A file'} cannot be written: {error.strerror}.\n"
+            raise Exit(said + "Free some space, or mend the file system.", Code.DISK) from None
         except KeyboardInterrupt:
             raise Exit("Interrupted; what was begun is undone.", INTERRUPTED) from None
 

@@ -25,6 +25,7 @@ from stack.runtime import Runtime
 from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
+from tests.ledger import Ledger
 from tests.workspace import Started
 
 # Python itself may end by the signal once more; a shell says 130 for both.
@@ -37,6 +38,10 @@ class Deployment:
 
     folder: Path
     flag: str
+
+    @property
+    def target(self) -> str:
+        return f"{self.flag.removeprefix('--')}-tiny"
 
     def start(self, *arguments: str, **env: str) -> Started:
         return workspace.invoke(self.folder, *arguments, env={**os.environ, **env})
@@ -201,20 +206,83 @@ def test_publishing_without_a_key(deployment: Deployment) -> None:
     assert_refused(deployment.up(), Code.USAGE, "0.0.0.0", "invoke key")  # noqa: S104
 
 
-def test_disk_too_small_for_a_stand_in(deployment: Deployment) -> None:
-    small = deployment.folder / "small"
-    small.mkdir()
-    if host.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", small]).status:
+@contextlib.contextmanager
+def small(folder: Path, size: str) -> Iterator[None]:
+    """Put a small file system in a folder's place while the context lasts."""
+    folder.mkdir()
+    if host.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).status:
         pytest.skip("this user may not mount a small file system")
     try:
-        deployment.set(GLM_MODELS=small)
-        done = deployment.invoke("model", "--quant", "q4", "--stand-in")
-        left = list(small.iterdir())
+        yield
     finally:
-        host.run(["umount", small])
+        host.run(["umount", "--lazy", folder])
+
+
+def test_disk_too_small_for_a_stand_in(deployment: Deployment) -> None:
+    folder = deployment.folder / "small"
+    with small(folder, "64m"):
+        deployment.set(GLM_MODELS=folder)
+        done = deployment.invoke("model", "--quant", "q4", "--stand-in")
+        left = list(folder.iterdir())
 
     assert_refused(done, Code.DISK, "GB")
     assert left == []
+
+
+def fill(folder: Path) -> None:
+    """Leave no byte in a small file system."""
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return what is in a folder's files; logs, samples and what is held now come and go."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".log", "") and path.name != "samples.json"
+    }
+
+
+SAID_WITH_NO_ROOM = {
+    ("up", "{flag}"): 0,
+    ("status",): 0,
+    ("watch", "--once"): 0,
+    ("key", "--rotate"): Code.DISK,
+    ("report",): Code.DISK,
+    ("opencode", "--write", ".state/opencode.json"): Code.DISK,
+    ("bench", "--attach={url}", "--out=.state/bench"): Code.DISK,
+    ("down",): 0,
+}
+
+
+def test_full_disk_under_logs_and_records(deployment: Deployment, ledger: Ledger) -> None:
+    expected = "it serves on; commands work without a record, or exit 11 with nothing half-written"
+    with (
+        small(deployment.project.state, "4m"),
+        ledger.trying(
+            "D9",
+            "no room for logs and records",
+            expected=expected,
+            target=deployment.target,
+        ) as row,
+    ):
+        assert deployment.up().status == 0
+        server = runtime.running(deployment.project, "tiny")
+        fill(deployment.project.state)
+        before = files(deployment.project.state)
+        for arguments, status_ in SAID_WITH_NO_ROOM.items():
+            row.inputs += 1
+            named = {"flag": deployment.flag, "url": server.url}
+            done = deployment.invoke(*(each.format(**named) for each in arguments))
+            assert done.status == status_, (arguments, done)
+            if done.status:
+                assert_refused(done, Code.DISK)
+            if arguments != ("down",):
+                assert client.complete(server, "hello", tokens=64).tokens == 64
+                assert files(deployment.project.state) == before, arguments
+        row.found = "as expected"
 
 
 def test_down_when_nothing_runs(deployment: Deployment) -> None:
@@ -395,3 +463,48 @@ def test_killed_up_leaves_a_lock_and_a_server_that_the_next_one_takes_over(
     assert deployment.up().status == 0
     assert deployment.invoke("down").status == 0
     assert not host.port_conflict("127.0.0.1", deployment.service.port or 0)
+
+
+LOG_BYTES = 10**6
+SAID_BYTES = 8 * LOG_BYTES
+REQUEST_BYTES = 2500
+"""A request leaves more than this in the log."""
+
+
+def test_log_of_a_server_that_says_much_is_bounded(deployment: Deployment, ledger: Ledger) -> None:
+    expected = "three files of its bound, and what comes within a second; its end is there"
+    target = deployment.target
+    with ledger.trying("S9", "log of 8 times its bound", expected=expected, target=target) as row:
+        edit(
+            deployment.folder / "compose.yaml", "max-size: 10m", f"max-size: {LOG_BYTES // 10**6}m"
+        )
+        assert deployment.up().status == 0
+        server = runtime.running(deployment.project, "tiny")
+        parts, most, start = logs(deployment), 0, time.monotonic()
+        with client.session(server) as session:
+            while row.inputs < SAID_BYTES / REQUEST_BYTES:
+                for _ in range(100):
+                    session.post("/completion", json={"prompt": "hi", "n_predict": 1})
+                row.inputs += 100
+                most = max(most, sum(path.stat().st_size for path in parts.glob("*.log*")))
+        each_s = SAID_BYTES / (time.monotonic() - start)
+        assert LOG_BYTES < most < 3 * (LOG_BYTES + each_s), f"{most:,}"
+        assert "stop processing" in server.logs(20)
+        row.found = "as expected"
+
+
+def logs(deployment: Deployment) -> Path:
+    """Return the folder of a server's log, where no other is."""
+    if isinstance(deployment.runtime, Docker):
+        container = deployment.runtime.container(deployment.service)
+        assert container
+        return Path(container.attrs["LogPath"]).parent
+    return deployment.project.state / "native"
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    """Replace a linked file by a changed one."""
+    text = file.read_text()
+    assert old in text
+    file.unlink()
+    file.write_text(text.replace(old, new))

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,11 +22,14 @@ from bench.questions import Turn
 from stack import client, config, host, keys, runtime
 from stack.compose import Docker
 from stack.config import Project, Service
+from stack.errors import Code, StackError
 from stack.runtime import Runtime
 from stack.server import Server
-from tests import workspace
+from stack.wait import wait_until
+from tests import clients, workspace
 from tests.checks.conftest import Target
 from tests.ledger import Ledger
+from tests.outside import Outside, outside
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 PROMPT = {"prompt": "hi", "n_predict": 1, "max_tokens": 1}
@@ -386,4 +391,105 @@ def test_proxy_of_the_environment_is_not_asked_for_loopback(
         names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")
         says = live(own, f"--{engine.name}", env=dict.fromkeys(names, DEAD))
         assert says.status == 0, says
+        row.found = "as expected"
+
+
+@dataclass(frozen=True)
+class Far:
+    """A deployment of the target that is published on all of this host's addresses, and a host."""
+
+    there: Outside
+    here: Server
+    """By way of loopback."""
+    server: Server
+    """By way of the link to that host."""
+
+
+@pytest.fixture(scope="module")
+def far(
+    runnable: Service, engine: Runtime, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Far]:
+    folder = workspace.make(tmp_path_factory.mktemp("far"), GLM_BIND="0.0.0.0")  # noqa: S104
+    project = config.load(folder, overrides={f"GLM_{runnable.quant.upper()}_PORT": ""})
+    service = project.service(runnable.quant)
+    keys.make(service)
+    chosen = runtime.choose(project, want=engine.name)
+    with outside() as there, runtime.serving(chosen, project, service) as up:
+        url = f"http://{there.here}:{up.server.port}"
+        yield Far(there, up.server, replace(up.server, url=url))
+
+
+def reached(far: Far, address: str, *, from_there: bool) -> bool:
+    """Return whether the port of the published server takes connections on an address."""
+
+    def answers() -> bool:
+        return host.answers(address, far.here.port or 0, timeout_s=2)
+
+    return far.there.begin(answers).result() if from_there else answers()
+
+
+def test_published_server_is_where_it_was_asked_to_be_and_not_on_ipv6(
+    far: Far, server: Server, target: Target, ledger: Ledger, tmp_path: Path
+) -> None:
+    expected = "every address of IPv4 reaches it, none of IPv6; one on loopback, nobody else"
+    with ledger.trying("N2", "GLM_BIND=0.0.0.0", expected=expected, target=target) as row:
+        six = ["::1", far.there.here6] if far.there.here6 else []
+        cells = [(address, False) for address in ("127.0.0.1", far.there.here, *six)]
+        cells += [(address, True) for address in (far.there.here, *six[1:])]
+        row.inputs = len(cells) + 2
+        found = {cell for cell in cells if reached(far, cell[0], from_there=cell[1])}
+        assert found == {cell for cell in cells if ":" not in cell[0]}
+        assert far.there.begin(lambda: said(far.server)).result() == said(server)
+        on_loopback = replace(far, here=server)
+        assert not reached(on_loopback, far.there.here, from_there=True)
+        with pytest.raises(StackError, match="must be an IPv4 address") as caught:
+            config.load(workspace.make(tmp_path), given={"GLM_BIND": "::"})
+        assert caught.value.code == Code.USAGE
+        row.found = "as expected"
+
+
+def tokens(server: Server) -> object:
+    """Send a megabyte, and get several back."""
+    with client.session(server, timeout_s=60) as session:
+        return session.post("/tokenize", json={"content": 100_000 * "a megabyte "}).json()
+
+
+SILENCE_S = 10
+"""A stream says something every 2 s at least: a client need not wait longer."""
+
+
+def ends(far: Far, *, tokens: int, cut: bool = False) -> list[str]:
+    """Let four clients of that host ask, cut its link once all are answered, or not."""
+    asking = [clients.Client(tokens, SILENCE_S) for _ in range(4)]
+    answers = [far.there.begin(partial(each.ask, far.server, "hello")) for each in asking]
+    if cut:
+        wait_until(lambda: all(e.begun for e in asking) or None, timeout_s=60, what="not begun")
+        far.there.cut()
+    return [each.result().end for each in answers]
+
+
+def test_narrow_link_that_the_client_does_not_know(
+    far: Far, target: Target, ledger: Ledger
+) -> None:
+    expected = "requests and answers of megabytes, and streams, come as on loopback"
+    with ledger.trying("N3", "MTU of 1280 on the way", expected=expected, target=target) as row:
+        far.there.narrow(1280)
+        assert far.there.begin(lambda: tokens(far.server)).result() == tokens(far.here)
+        assert ends(far, tokens=64) == ["whole"] * 4
+        row.inputs = 5
+        row.found = "as expected"
+
+
+def test_network_is_cut_in_mid_stream(far: Far, target: Target, ledger: Ledger) -> None:
+    expected = (
+        "clients get an error within 10 s, others right answers; slots end with their answers; the "
+        "link back, it serves there"
+    )
+    with ledger.trying("N1", "link cut in mid-stream", expected=expected, target=target) as row:
+        assert ends(far, tokens=600, cut=True) == ["cut"] * 4
+        row.inputs = 4
+        assert said(far.here)
+        clients.wait_idle(far.here, limit_s=clients.LIMIT_S)
+        far.there.cut(down=False)
+        assert far.there.begin(lambda: said(far.server)).result() == said(far.here)
         row.found = "as expected"

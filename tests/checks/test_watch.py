@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,8 @@ from stack.runtime import Runtime
 from stack.server import Server
 from stack.status import Looks
 from stack.wait import wait_until
-from tests import workspace
+from tests import clients, workspace
+from tests.ledger import Ledger
 from tests.workspace import Started
 
 LIMIT_S = 3
@@ -74,6 +75,18 @@ class Watched:
             timeout_s=PATIENCE_S,
             what=f"{words!r} not among {self.said}",
         )
+
+    @property
+    def clock(self) -> dict[str, str]:
+        """The environment in which a command sees the clock as the server does."""
+        models = self.folder / "models"
+        return {**os.environ, "LD_PRELOAD": f"{models / 'faults.so'}", "GLM_FAULTS": f"{models}"}
+
+    def invoke(self, *arguments: str) -> str:
+        with workspace.invoke(self.folder, *arguments, env=self.clock) as process:
+            out, err = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, err
+        return out
 
     def answers(self) -> bool:
         return client.complete(self.server, "hello", tokens=4).tokens == 4
@@ -140,7 +153,7 @@ NATIVE = pytest.mark.parametrize("watched", ["native"], indirect=True)
 def watching(watched: Watched, *, limit_s: float = LIMIT_S) -> Iterator[Started]:
     """Run `invoke watch` while the context lasts; it must end as asked, and say no error."""
     limits = (f"--limit={limit_s}", "--interval=0.2")
-    with workspace.invoke(watched.folder, "watch", *limits) as process:
+    with workspace.invoke(watched.folder, "watch", *limits, env=watched.clock) as process:
         reader = threading.Thread(
             target=lambda: watched.said.extend(iter(process.stdout.readline, "")),  # type: ignore[union-attr]
         )
@@ -348,9 +361,7 @@ def test_end_in_good_order(watched: Watched, end: str) -> None:
         return
     if not isinstance(watched.runtime, Docker):
         pytest.skip("only Docker knows who stopped it")
-    container = watched.runtime.container(watched.service)
-    assert container
-    container.stop()
+    stop(watched)
     with watching(watched):
         time.sleep(4)
     assert watched.said == []
@@ -384,3 +395,64 @@ def test_second_watch_is_refused(watched: Watched) -> None:
     with watching(watched), workspace.invoke(watched.folder, "watch", "--once") as process:
         _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, err
+
+
+CLOCK = pytest.mark.parametrize("day", ["tomorrow", "yesterday"])
+
+
+@pytest.mark.parametrize(
+    ("watched", "day"), [("docker", "tomorrow"), ("native", "yesterday")], indirect=["watched"]
+)
+def test_clock_that_is_set_while_it_serves(watched: Watched, ledger: Ledger, day: str) -> None:
+    expected = "streams are whole, rates and uptime go on, nothing is restarted; keys change"
+    target = f"{watched.runtime.name}-tiny"
+    with ledger.trying("-", f"clock set to {day}", expected=expected, target=target) as row:
+        watched.up()
+        server, pid, row.inputs = watched.server, watched.pid, 4
+        with clients.asking(server, ["hello"] * row.inputs, tokens=800) as (asking, ends):
+            begun = lambda: all(each.begun for each in asking) or None  # noqa: E731
+            wait_until(begun, timeout_s=PATIENCE_S, what="no stream")
+            with watched.fault(day), watching(watched):
+                assert ends() == ["whole"] * row.inputs
+                assert watched.stays(2 * LIMIT_S, pid), watched.said
+                (state,) = (s for s in json.loads(watched.invoke("status", "--json")) if s["url"])
+                assert state["state"] == "ready"
+                assert 0 < state["up_s"] < 600
+                assert 0 < client.complete(server, "hello", tokens=64).decode_tokens_s < 1e5
+        with watched.fault(day):
+            watched.invoke("key", "--rotate")
+            assert client.complete(replace(watched.server, key=server.key), "hello").tokens
+            watched.invoke("key", "--retire")
+            assert watched.answers()
+        row.found = "as expected"
+
+
+@CLOCK
+def test_clock_that_is_set_between_two_faults(watched: Watched, ledger: Ledger, day: str) -> None:
+    expected = "the budget goes on; what `docker stop` ended stays down"
+    target = f"{watched.runtime.name}-tiny"
+    case = f"clock set to {day}, then a fault"
+    with ledger.trying("-", case, expected=expected, target=target) as row:
+        row.inputs = 1
+        watched.up()
+        if isinstance(watched.runtime, Docker):
+            stop(watched)
+            with watched.fault(day), watching(watched):
+                time.sleep(4)
+            assert watched.said == []
+        else:
+            with watching(watched):
+                os.kill(watched.pid, signal.SIGKILL)
+                watched.until("serves again")
+                with watched.fault(day):
+                    os.kill(watched.pid, signal.SIGKILL)
+                    watched.until("restart 2 of 3")
+        row.found = "as expected"
+
+
+def stop(watched: Watched) -> None:
+    """Stop a container as an operator may."""
+    assert isinstance(watched.runtime, Docker)
+    container = watched.runtime.container(watched.service)
+    assert container
+    container.stop()
