@@ -37,6 +37,7 @@ _ANSWER_LIMIT_S = 8
 _UP_LIMIT_S = 30
 _INIT_LIMIT_S = 10
 _EVENTS_S = 1
+_REMEMBERED = 256
 _LABEL = "glm.engine.build"
 _BOOTSTRAPPED = "glm-base:trixie"
 _MARGIN_BYTES = 1 << 30
@@ -669,22 +670,27 @@ def _ended(client: "DockerClient", container: "Container", restarts: int) -> str
 
 def _last_end(client: "DockerClient", container: "Container") -> tuple[bool, str]:
     """Return whether a container that was brought back hit its memory limit, and its exit code."""
-    told = _events(client, container, "die", "oom")
+    told = _events(client, container=container.id, event=["die", "oom"])
     codes = [event["Actor"]["Attributes"].get("exitCode", "unknown") for event in told]
     return "oom" in {event["Action"] for event in told[-2:]}, codes[-1] if codes else "unknown"
 
 
 def _stopped(client: "DockerClient", container: "Container") -> bool:
-    """Return whether `docker stop` ended it."""
-    return bool(_events(client, container, "stop"))
+    """Return whether `docker stop` ended it, as far as the engine remembers.
+
+    An engine that was killed ends, as it starts, what still ran, and that looks the same; but then
+    nothing else of the container comes before it.
+    """
+    told = _events(client)
+    own = [event["Action"] for event in told if event["Actor"]["ID"] == container.id]
+    return "stop" in own and (len(told) >= _REMEMBERED or own[0] != "kill")
 
 
-def _events(client: "DockerClient", container: "Container", *actions: str) -> list[dict[str, Any]]:
-    """Return what the engine remembers of a container: of its last 256 events, health checks too.
+def _events(client: "DockerClient", **filters: Any) -> list[dict[str, Any]]:
+    """Return what the engine remembers: its last 256 events, health checks too.
 
     By no end in time, which would go by a clock that may have been set since.
     """
-    filters = {"container": container.id, "event": [*actions]}
     told = client.events(since=0, decode=True, filters=filters)
     threading.Timer(_EVENTS_S, told.close).start()  # what it remembers comes at once
     return list(told)

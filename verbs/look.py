@@ -84,6 +84,7 @@ def watch(
     def end(number: int, _: object) -> None:
         # Python drops what is raised while it finalises an object: then the loop has to tell.
         asked.append(number)
+        sys.unraisablehook = lambda _: None  # nor need anybody read of that
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):

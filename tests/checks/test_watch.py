@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import answers
 from stack import client, config, host, keys, runtime
 from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
@@ -21,6 +22,7 @@ from stack.server import Server
 from stack.status import Looks
 from stack.wait import wait_until
 from tests import clients, workspace
+from tests.daemon import Daemon, daemon
 from tests.ledger import Ledger
 from tests.workspace import Started
 
@@ -456,3 +458,56 @@ def stop(watched: Watched) -> None:
     container = watched.runtime.container(watched.service)
     assert container
     container.stop()
+
+
+@pytest.fixture
+def own_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    """An engine of the test's own, which every command takes for the machine's."""
+    project = config.load(workspace.ROOT)
+    try:
+        chosen = runtime.choose(project, want="docker")
+    except NoEngineError as error:
+        pytest.skip(error.cause)
+    runtime.ensure_engine(chosen, project, project.service("tiny"))
+    with daemon() as own:
+        own.load(project.service("tiny").image)
+        monkeypatch.setenv("DOCKER_HOST", own.host)
+        yield own
+
+
+QUESTIONS = answers.question_set({"repeat": 2, "reverse": 2, "next": 2}, seed=7)
+
+
+@pytest.mark.parametrize("watched", ["docker"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["ended", "killed"])
+def test_docker_engine_that_restarts(
+    own_engine: Daemon, watched: Watched, ledger: Ledger, number: signal.Signals
+) -> None:
+    expected = (
+        "what served serves again, by the watch, and answers right; what was stopped does not"
+    )
+    case = f"Docker's engine gets {number.name}, and comes back"
+    with ledger.trying("S7", case, expected=expected, target="docker-tiny") as row:
+        row.inputs = 2
+        watched.up()
+        with watching(watched):
+            time.sleep(1)
+            own_engine.end(number)
+            own_engine.start()
+            watched.until("serves again")
+            replies = answers.ask(watched.server, QUESTIONS, clients=4)
+            assert all(reply.right for reply in replies)
+
+            stop(watched)
+            wait_until(lambda: seen_to_be_stopped(watched), timeout_s=PATIENCE_S, what="not seen")
+            said = len(watched.said)
+            own_engine.end(number)
+            own_engine.start()
+            time.sleep(2 * LIMIT_S)
+            assert "restart" not in "".join(watched.said[said:])
+        row.found = "as expected"
+
+
+def seen_to_be_stopped(watched: Watched) -> bool | None:
+    kept = json.loads((watched.project.state / "watch.json").read_text())
+    return kept.get("tiny docker", {}).get("stopped") or None
