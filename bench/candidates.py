@@ -1,9 +1,12 @@
 """The candidates of a tune, what was measured of each, and which is the best. Pure.
 
 A candidate's score is the geometric mean, over the numbers of clients, of output tokens a second;
-with an SLO only answers that meet it count. Of several runs at one load each weighs as its window
-is long. What fails at any load, by a crash, for lack of memory or in one request, has no score. A
-gain below 2 % is none: then what is chosen untuned stays.
+with an SLO times the share of answers that met it (a half more of one more, so that of few none
+that met it are not nothing). Of several runs at one load each weighs as its window
+is long. What fails at any load, by a crash, for lack of memory or in one request, has no score.
+
+What is chosen untuned stays, unless another is better by 2 % in all, and better in each round that
+both were in.
 """
 
 import math
@@ -39,6 +42,7 @@ class Run:
     tokens_s: float
     window_s: float
     ttft_ms: float | None
+    """The mean, as of the next: a short run has too few for a median."""
     itl_ms: float | None
     requests: int
     good: int
@@ -63,8 +67,8 @@ class Run:
             clients=point.clients,
             tokens_s=point.tokens_s,
             window_s=point.window_s,
-            ttft_ms=point.ttft.p50,
-            itl_ms=point.itl.p50,
+            ttft_ms=point.ttft.mean,
+            itl_ms=point.itl.mean,
             decode_tokens_s=point.decode_tokens_s,
             requests=point.requests,
             good=point.good,
@@ -85,6 +89,8 @@ class Trial:
     """Of each load."""
     seconds: float
     """All that it took."""
+    context: int
+    """Tokens of a slot; 0 where it was not begun."""
     ready_s: float | None
     serves: Settings
     """As it was served: what a profile keeps, by the names of `.env`."""
@@ -124,24 +130,36 @@ def scores(trials: Sequence[Trial], clients: Sequence[int], *, slo: bool) -> dic
 
 def _rate(runs: Sequence[Run], *, slo: bool) -> float:
     whole_s = sum(run.window_s for run in runs)
-    parts = (run.good / max(1, run.requests) if slo else 1 for run in runs)
+    parts = ((run.good + 0.5) / (run.requests + 1) if slo else 1 for run in runs)
     made = sum(run.tokens_s * run.window_s * part for run, part in zip(runs, parts, strict=True))
     return made / whole_s if whole_s else 0
 
 
-def winner(found: Mapping[str, float]) -> tuple[str, float | None]:
-    """Return the best candidate and its gain; what is chosen untuned, unless another is better."""
-    best = next(iter(found))
+def winner(
+    trials: Sequence[Trial], clients: Sequence[int], *, slo: bool
+) -> tuple[str, float | None]:
+    """Return the best candidate and its gain over what is chosen untuned, None if that failed.
+
+    Raises StopIteration where none has a score.
+    """
+    found = scores(trials, clients, slo=slo)
     untuned = found.get(UNTUNED)
     if not untuned:
-        return best, None
-    gain = found[best] / untuned
-    return (best, gain) if gain >= GAIN else (UNTUNED, 1.0)
+        return next(iter(found)), None
+    rounds = [
+        scores([each for each in trials if each.round == number], clients, slo=slo)
+        for number in {each.round for each in trials}
+    ]
+    for name, score in found.items():
+        both = [each for each in rounds if name in each and UNTUNED in each]
+        if score >= GAIN * untuned and all(each[name] > each[UNTUNED] for each in both):
+            return name, score / untuned
+    return UNTUNED, 1.0
 
 
 def joined(tried: Mapping[str, Settings], found: Mapping[str, float]) -> dict[str, Settings]:
     """Return one more candidate where several changes were better alone: all of them."""
-    least = GAIN * found.get(UNTUNED, math.inf)
+    least = GAIN * (found.get(UNTUNED) or math.inf)
     better = [name for name in found if name in tried and found[name] >= least]
     changes: dict[str, str] = {}
     for name in reversed(better):  # of two values of one setting the better one

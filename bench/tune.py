@@ -299,12 +299,13 @@ class _Session:
     def trial(self, name: str, changes: Settings, number: int, seconds: float) -> Trial:
         """Start a candidate, measure it, and stop it."""
         began = time.monotonic()
-        ready_s, failed = None, ""
+        ready_s, failed, context = None, "", 0
         serves: Settings = {}
         runs: tuple[Run, ...] = ()
         try:
             service = self.served(changes)
             serves = {var: service.environment[engine] for var, engine in self.knobs.items()}
+            context = service.context
             with self.serving(service) as up:
                 ready_s = up.ready_s
                 runs = self.measure(up.server, seconds)
@@ -319,6 +320,7 @@ class _Session:
             round=number,
             duration_s=seconds,
             seconds=time.monotonic() - began,
+            context=context,
             ready_s=ready_s,
             serves=serves,
             runs=runs,
@@ -379,7 +381,8 @@ class _Session:
             raise StackError(
                 f"No candidate could be measured: {causes}", f"See {self.file}.", Code.LOAD
             )
-        name, gain = candidates.winner(found)
+        slo = self.ask.slo is not None
+        name, gain = candidates.winner(self.trials, self.ask.clients, slo=slo)
         last = [trial for trial in self.trials if trial.candidate == name][-1]
         service = self.service.choosing(last.serves)
         top, no_ceiling = self.top(service)

@@ -15,6 +15,7 @@ from stack import config, gpu, host, integrity
 from stack.config import Project, Service, Settings
 
 FOLDER = "profiles"
+_TOLD = 2
 _log = logging.getLogger(__name__)
 
 
@@ -106,7 +107,8 @@ def select(
         if not why:
             return Selection(each)
         said.append(f"{each.path} is {why}")
-    return Selection(said=f"no profile holds: {'; '.join(said)}" if said else "")
+    more = f"; and {len(said) - _TOLD} more" if len(said) > _TOLD else ""
+    return Selection(said=f"no profile holds: {'; '.join(said[:_TOLD])}{more}" if said else "")
 
 
 def _unlike(

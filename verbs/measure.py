@@ -160,15 +160,19 @@ def _tell_tuned(found: "Tuned", path: Path) -> None:
     from rich.table import Table
 
     rows = {trial.candidate: trial for trial in found.trials}
+    best = rows[found.winner]
     counts = [f"{n} client{'s' * (n > 1)}" for n in found.clients]
-    table = Table("candidate", *counts, "score", "ready s", "", box=None, pad_edge=False)
+    table = Table(
+        "candidate", *counts, "score", "tokens each", "ready s", "", box=None, pad_edge=False
+    )
     for name in [*found.scores, *(name for name in rows if name not in found.scores)]:
         trial = rows[name]
         score = f"{found.scores[name]:,.0f}" if name in found.scores else ""
         rates = {run.clients: f"{run.tokens_s:,.0f}" for run in trial.runs}
+        context = f"{trial.context:,}" if trial.context else ""
         ready = "" if trial.ready_s is None else f"{trial.ready_s:.1f}"
         note = trial.failed or ("best" if name == found.winner else "")
-        table.add_row(name, *(rates.get(n, "") for n in found.clients), score, ready, note)
+        table.add_row(name, *(rates.get(n, "") for n in found.clients), score, context, ready, note)
     Console().print(table)
     print("Output tokens a second in each candidate's longest run; the score is of all its runs.")
     if found.left_out:
@@ -178,6 +182,9 @@ def _tell_tuned(found: "Tuned", path: Path) -> None:
         print(f"The best decodes, of what the engine does without a server: {', '.join(shares)}.")
     else:
         print(f"The engine was not measured without a server: {found.no_ceiling}")
+    if found.slo:
+        met = (f"{run.good} of {run.requests} answers at {run.clients}" for run in best.runs)
+        print(f"{found.slo}: met by {', '.join(met)}.")
     if found.starts:
         took = ", ".join(f"{mode} {seconds:.1f} s" for mode, seconds in found.starts.items())
         print(f"Ready from a cold file: {took}.")

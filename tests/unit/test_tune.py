@@ -1,5 +1,7 @@
 """What is tried for a service, which is the best of it, and what of a command line is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench import candidates, tune
@@ -62,6 +64,7 @@ def trial(name: str, *runs: Run, failed: str = "") -> Trial:
         round=0,
         duration_s=2,
         seconds=9,
+        context=4096,
         ready_s=1,
         serves={},
         runs=runs,
@@ -80,31 +83,39 @@ def test_score_is_the_geometric_mean_over_clients_of_all_runs_as_long_as_each_wa
     found = candidates.scores(trials, (1, 4), slo=False)
 
     assert found == pytest.approx({"a": (87.5 * 400) ** 0.5, UNTUNED: 100})
-    best, gain = candidates.winner(found)
-    assert best == "a"
-    assert gain == pytest.approx(1.87, rel=0.01)
 
 
 def test_with_an_slo_only_what_meets_it_counts() -> None:
-    trials = [trial(UNTUNED, run(4, 100)), trial("late", run(4, 190, good=5))]
+    trials = [trial(UNTUNED, run(4, 100)), trial("late", run(4, 180, good=5))]
 
     assert [*candidates.scores(trials, (4,), slo=True)] == [UNTUNED, "late"]
     assert [*candidates.scores(trials, (4,), slo=False)] == ["late", UNTUNED]
 
 
 @pytest.mark.parametrize(
-    ("found", "best"),
+    ("rates", "best"),
     [
-        ({"a": 101.9, UNTUNED: 100}, (UNTUNED, 1.0)),
-        ({"a": 102.0, UNTUNED: 100}, ("a", 1.02)),
-        ({"a": 50.0}, ("a", None)),
-        ({UNTUNED: 0.0, "a": 0.0}, (UNTUNED, None)),
+        ({"a": (101.9,), UNTUNED: (100,)}, (UNTUNED, 1.0)),
+        ({"a": (103,), UNTUNED: (100,)}, ("a", 1.03)),
+        ({"a": (150, 90), UNTUNED: (100, 100)}, (UNTUNED, 1.0)),
+        ({"a": (150, 110), UNTUNED: (100, 100), "b": (110,)}, ("a", 1.3)),
+        ({"a": (150, 90), UNTUNED: (100, 100), "b": (110,)}, ("b", 1.1)),
+        ({"a": (50,)}, ("a", None)),
     ],
+    ids=["no gain", "gain", "only once", "twice", "the next", "nothing to compare with"],
 )
 def test_what_is_chosen_stays_unless_another_is_better(
-    found: dict[str, float], best: tuple[str, float | None]
+    rates: dict[str, tuple[float, ...]], best: tuple[str, float | None]
 ) -> None:
-    assert candidates.winner(found) == best
+    trials = [
+        replace(trial(name, run(4, rate)), round=number)
+        for name, each in rates.items()
+        for number, rate in enumerate(each)
+    ]
+
+    name, gain = candidates.winner(trials, (4,), slo=False)
+
+    assert (name, gain and round(gain, 4)) == best
 
 
 @pytest.mark.parametrize(
@@ -114,8 +125,9 @@ def test_what_is_chosen_stays_unless_another_is_better(
         ({"a": 110, "a2": 105, UNTUNED: 100}, {}),
         ({"a": 110, UNTUNED: 100, "b": 101}, {}),
         ({"a": 110, "b": 105}, {}),
+        ({"a": 0, "b": 0, UNTUNED: 0}, {}),
     ],
-    ids=["two", "same setting", "one", "nothing to compare with"],
+    ids=["two", "same setting", "one", "nothing to compare with", "nothing at all"],
 )
 def test_changes_that_are_better_alone_are_tried_together(
     scores: dict[str, float], joined: dict[str, dict[str, str]]
