@@ -1,11 +1,19 @@
 """A deployment of the tests' own: this tree's files by link, with its own name, state and .env."""
 
+import os
 import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from stack import config, host, keys, runtime
+from stack.config import Project, Service
+from stack.runtime import Runtime
+from stack.server import Server
 
 Started = subprocess.Popen[str]
 ROOT = Path(__file__).parent.parent
@@ -65,3 +73,71 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A folder where `invoke` runs, with the flag that chooses its runtime, if one is meant."""
+
+    folder: Path
+    flag: str
+
+    limit_s: ClassVar[int] = 300
+
+    @property
+    def target(self) -> str:
+        """Its name among what is checked."""
+        return f"{self.flag.removeprefix('--')}-tiny"
+
+    def start(self, *arguments: str, **env: str) -> Started:
+        """Start an `invoke` with variables added to the environment."""
+        return invoke(self.folder, *arguments, env={**os.environ, **env})
+
+    def invoke(self, *arguments: str, **env: str) -> host.Result:
+        """Run an `invoke` to its end."""
+        with self.start(*arguments, **env) as process:
+            out, err = process.communicate(timeout=self.limit_s)
+            return host.Result(process.returncode, out, err)
+
+    def up(self, **env: str) -> host.Result:
+        """Serve tiny by the command line."""
+        return self.invoke("up", self.flag, **env)
+
+    @property
+    def project(self) -> Project:
+        """As its files say now."""
+        return config.load(self.folder)
+
+    @property
+    def service(self) -> Service:
+        """The tiny one."""
+        return self.project.service("tiny")
+
+    @property
+    def runtime(self) -> Runtime:
+        """The one that the flag names."""
+        return runtime.choose(self.project, want=self.flag.removeprefix("--"))
+
+    @property
+    def server(self) -> Server:
+        """The server of tiny, which must run."""
+        return runtime.running(self.project, "tiny")
+
+    def set(self, **settings: object) -> None:
+        """Change settings in .env."""
+        env = self.folder / ".env"
+        kept = [line for line in env.read_text().splitlines() if line.split("=")[0] not in settings]
+        env.write_text("\n".join([*kept, *(f"{k}={v}" for k, v in settings.items())]) + "\n")
+
+    def serve(self) -> Server:
+        """Serve tiny without the command line."""
+        return runtime.up(self.runtime, self.project, self.service).server
+
+    def start_server(self) -> Server:
+        """Start tiny's server without the command line, and do not wait for it."""
+        key = keys.require(self.service, first_start=True)
+        return self.runtime.start(self.service, key=key)
+
+    def nothing_runs(self) -> bool:
+        """Return whether nothing is left of tiny's servers."""
+        return not runtime.servers_of(self.service, runtime.present(self.project))

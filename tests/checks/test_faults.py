@@ -11,72 +11,21 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from stack import client, config, engine, fit, host, keys, runtime, status
+from stack import client, engine, fit, host, keys, runtime, status
 from stack.compose import Docker, NoEngineError
-from stack.config import Project, Service
 from stack.engine_log import allocation
 from stack.errors import Code, StackError
-from stack.runtime import Runtime
-from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
 from tests.ledger import Ledger
-from tests.workspace import Started
+from tests.workspace import Deployment, Started
 
 # Python itself may end by the signal once more; a shell says 130 for both.
 INTERRUPTED = (130, -signal.SIGINT)
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A folder where `invoke` runs, with the flag that chooses its runtime."""
-
-    folder: Path
-    flag: str
-
-    @property
-    def target(self) -> str:
-        return f"{self.flag.removeprefix('--')}-tiny"
-
-    def start(self, *arguments: str, **env: str) -> Started:
-        return workspace.invoke(self.folder, *arguments, env={**os.environ, **env})
-
-    def invoke(self, *arguments: str, **env: str) -> host.Result:
-        with self.start(*arguments, **env) as process:
-            out, err = process.communicate(timeout=300)
-            return host.Result(process.returncode, out, err)
-
-    def up(self, **env: str) -> host.Result:
-        return self.invoke("up", self.flag, **env)
-
-    @property
-    def project(self) -> Project:
-        return config.load(self.folder)
-
-    @property
-    def service(self) -> Service:
-        return self.project.service("tiny")
-
-    @property
-    def runtime(self) -> Runtime:
-        return runtime.choose(self.project, want=self.flag.removeprefix("--"))
-
-    def set(self, **settings: object) -> None:
-        env = self.folder / ".env"
-        kept = [line for line in env.read_text().splitlines() if line.split("=")[0] not in settings]
-        env.write_text("\n".join([*kept, *(f"{k}={v}" for k, v in settings.items())]) + "\n")
-
-    def start_server(self) -> Server:
-        key = keys.require(self.service, first_start=True)
-        return self.runtime.start(self.service, key=key)
-
-    def nothing_runs(self) -> bool:
-        return not runtime.servers_of(self.service, runtime.present(self.project))
 
 
 @pytest.fixture(params=["--docker", "--native"], ids=["docker-tiny", "native-tiny"])

@@ -33,7 +33,8 @@ from stack.errors import Code, StackError
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 from tests import workspace
-from tests.checks.test_faults import INTERRUPTED, Deployment, interrupt
+from tests.checks.test_faults import INTERRUPTED, interrupt
+from tests.workspace import Deployment
 
 QUESTIONS = answers.question_set({"repeat": 2, "reverse": 2, "next": 2}, seed=7)
 """The record of both files has every one of these right."""

@@ -13,10 +13,10 @@ import pytest
 from stack import client, host, runtime
 from stack.compose import NoEngineError
 from stack.errors import Code
-from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
-from tests.checks.test_faults import INTERRUPTED, Deployment, assert_refused
+from tests.checks.test_faults import INTERRUPTED, assert_refused
+from tests.workspace import Deployment
 
 INSIDE = "/app/models"
 CRASHING = {"micro-batch 2048": "ended", "shared cache 0": "ended"}
@@ -41,10 +41,6 @@ class Tuning(Deployment):
         (path,) = (self.project.state / "profiles").glob(f"tiny-*-{clients}-clients.json")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-
-    @property
-    def server(self) -> Server:
-        return runtime.running(self.project, "tiny")
 
 
 @pytest.fixture(scope="module")

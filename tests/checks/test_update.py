@@ -20,11 +20,9 @@ from stack import client, config, engine, host, runtime
 from stack.compose import Docker, NoEngineError
 from stack.config import Project
 from stack.errors import Code
-from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
 
-LIMIT_S = 900
 SAMPLED = "                id = common_sampler_sample(slot.smpl.get(), slot.ctx_tgt, tok_idx);\n"
 SERVER = Path("tools") / "server" / "server-context.cpp"
 TAKEN = """if(DEFINED ENV{GLM_TEST_PROGRAMS})
@@ -39,28 +37,17 @@ endif()
 
 
 @dataclass(frozen=True)
-class Deployment:
+class Deployment(workspace.Deployment):
     """A folder with its own images and cache, of which the pinned engine is a link."""
 
-    folder: Path
     sources: Path
     pinned: Project
 
-    @property
-    def project(self) -> Project:
-        return config.load(self.folder)
+    limit_s = 900
 
-    def start(self, *arguments: str) -> workspace.Started:
-        programs = Path(
-            runtime.native(self.pinned).program(self.pinned.service("tiny"), "x")
-        ).parent
-        env = {**os.environ, "GLM_TEST_PROGRAMS": str(programs)}
-        return workspace.invoke(self.folder, *arguments, env=env)
-
-    def invoke(self, *arguments: str) -> host.Result:
-        with self.start(*arguments) as process:
-            out, err = process.communicate(timeout=LIMIT_S)
-            return host.Result(process.returncode, out, err)
+    def start(self, *arguments: str, **env: str) -> workspace.Started:
+        program = runtime.native(self.pinned).program(self.pinned.service("tiny"), "x")
+        return super().start(*arguments, GLM_TEST_PROGRAMS=str(Path(program).parent), **env)
 
     def source(self, name: str, *, sampled: str = SAMPLED) -> str:
         """Make the engine's source with a change: in what follows the sampling of a token."""
@@ -88,9 +75,6 @@ class Deployment:
                 if str(c.name).startswith(self.project.name)
             ],
         )
-
-    def server(self) -> Server:
-        return runtime.running(self.project, "tiny")
 
 
 def replace(path: Path, old: str, new: str) -> None:
@@ -131,7 +115,7 @@ def deployment(
         text.replace("image: glm-server:", f"image: {pinned.name}:")
     )
     docker.name_image(tiny.image, f"{pinned.name}:cpu")
-    made = Deployment(folder, tmp_path_factory.mktemp("sources"), pinned)
+    made = Deployment(folder, "--docker", tmp_path_factory.mktemp("sources"), pinned)
     assert made.invoke("up", "--docker").status == 0
     yield made
     made.invoke("down")
@@ -162,7 +146,7 @@ def test_engine_that_cannot_be_had(deployment: Deployment, wanted: str) -> None:
 
 
 def test_engine_that_does_not_compile(deployment: Deployment) -> None:
-    before, server = deployment.state(), deployment.server()
+    before, server = deployment.state(), deployment.server
     source = deployment.source("broken")
     replace(Path(source) / "ggml" / "src" / "ggml.c", "#define", "#error on purpose\n#define")
 
@@ -174,7 +158,7 @@ def test_engine_that_does_not_compile(deployment: Deployment) -> None:
 
 
 def test_engine_that_answers_wrong(deployment: Deployment) -> None:
-    before, server = deployment.state(), deployment.server()
+    before, server = deployment.state(), deployment.server
     with client.session(server) as session:
         seven, eight = (
             session.post("/tokenize", json={"content": digit}).json()["tokens"][-1]
@@ -190,7 +174,7 @@ def test_engine_that_answers_wrong(deployment: Deployment) -> None:
 
 
 def test_engine_that_is_slow(deployment: Deployment) -> None:
-    before, server = deployment.state(), deployment.server()
+    before, server = deployment.state(), deployment.server
     slow = f"{SAMPLED}                usleep(1000);\n"
     source = deployment.source("slow", sampled=slow)
     replace(Path(source) / SERVER, "#include", "#include <unistd.h>\n#include")
@@ -215,7 +199,7 @@ def test_moved_and_back(deployment: Deployment) -> None:
     moved = deployment.project
     assert moved.engine.commit.startswith("folder")
     assert runtime.native(moved).built(moved.service("tiny"))
-    assert moved.engine.commit in client.props(deployment.server())["build_info"]
+    assert moved.engine.commit in client.props(deployment.server)["build_info"]
     state = deployment.state()
     built = Docker(moved).provenance_file(moved.service("tiny")).read_text()
     assert json.loads(built)["subject"][0]["digest"]["sha256"] in str(state[1])
@@ -232,7 +216,7 @@ def test_moved_and_back(deployment: Deployment) -> None:
 
     assert back.status == 0, back
     assert deployment.project.engine == deployment.pinned.engine
-    assert deployment.pinned.engine.commit in client.props(deployment.server())["build_info"]
+    assert deployment.pinned.engine.commit in client.props(deployment.server)["build_info"]
     assert deployment.state()[1:4] == (before[1], state[1], None)
     forth = deployment.invoke("rollback")
     assert forth.status == 0, forth
@@ -245,7 +229,7 @@ def test_interrupted_in_the_take_over(deployment: Deployment, moment: str) -> No
     """Back to the engine before, which serves again."""
     before = deployment.state()
     docker, image = Docker(deployment.project), deployment.project.service("tiny").image
-    served = deployment.server()
+    served = deployment.server
     process = deployment.start("rollback")
 
     def reached() -> bool | None:
@@ -265,7 +249,7 @@ def test_interrupted_in_the_take_over(deployment: Deployment, moment: str) -> No
     assert process.returncode != 0, (out, err)
     assert "Traceback" not in err
     assert deployment.state() == before
-    client.complete(deployment.server(), "Hello")
+    client.complete(deployment.server, "Hello")
 
 
 @contextmanager
@@ -290,7 +274,7 @@ def test_engine_that_fails_after_the_take_over(deployment: Deployment) -> None:
 
     assert_refused(done, Code.RESTORED, "The engine before it serves again")
     assert deployment.state() == before
-    client.complete(deployment.server(), "Hello")
+    client.complete(deployment.server, "Hello")
 
 
 def test_neither_engine_serves(deployment: Deployment) -> None:

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 
 from bench import answers
-from stack import client, config, host, keys, runtime
+from stack import client, config, host, runtime
 from stack.compose import Docker, NoEngineError
-from stack.config import Project, Service
 from stack.errors import StackError
-from stack.runtime import Runtime
 from stack.server import Server
 from stack.status import Looks
 from stack.wait import wait_until
@@ -31,34 +29,17 @@ PATIENCE_S = 90
 INSIDE = "/app/models"
 
 
-@dataclass
-class Watched:
+@dataclass(frozen=True)
+class Watched(workspace.Deployment):
     """A deployment of tiny whose server obeys tests/engine_faults.c, and what its watch said."""
 
-    folder: Path
-    runtime: Runtime
     said: list[str] = field(default_factory=list)
-
-    @property
-    def project(self) -> Project:
-        return config.load(self.folder)
-
-    @property
-    def service(self) -> Service:
-        return self.project.service("tiny")
-
-    @property
-    def server(self) -> Server:
-        return runtime.running(self.project, "tiny")
 
     @property
     def pid(self) -> int:
         """The server's own process; a container's init takes a moment to start it."""
         found = wait_until(lambda: self.server.processes or None, timeout_s=5, what="no process")
         return found[0].pid
-
-    def up(self) -> None:
-        runtime.up(self.runtime, self.project, self.service)
 
     @contextlib.contextmanager
     def fault(self, name: str) -> Iterator[Path]:
@@ -78,17 +59,11 @@ class Watched:
             what=f"{words!r} not among {self.said}",
         )
 
-    @property
-    def clock(self) -> dict[str, str]:
-        """The environment in which a command sees the clock as the server does."""
+    def start(self, *arguments: str, **env: str) -> Started:
+        """Start a command that sees the clock as the server does."""
         models = self.folder / "models"
-        return {**os.environ, "LD_PRELOAD": f"{models / 'faults.so'}", "GLM_FAULTS": f"{models}"}
-
-    def invoke(self, *arguments: str) -> str:
-        with workspace.invoke(self.folder, *arguments, env=self.clock) as process:
-            out, err = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == 0, err
-        return out
+        faults = {"LD_PRELOAD": f"{models / 'faults.so'}", "GLM_FAULTS": f"{models}"}
+        return super().start(*arguments, **faults, **env)
 
     def answers(self) -> bool:
         return client.complete(self.server, "hello", tokens=4).tokens == 4
@@ -137,11 +112,11 @@ def watched(request: pytest.FixtureRequest, tmp_path: Path, faults: Path) -> Ite
     added = f"      LD_PRELOAD: {INSIDE}/faults.so\n      GLM_FAULTS: {INSIDE}\n"
     changed = compose.replace(alias, alias + added)
     (folder / "compose.yaml").write_text(changed.replace("period: 40s", "period: 2s"))
+    watched = Watched(folder, f"--{request.param}")
     try:
-        chosen = runtime.choose(config.load(folder), want=request.param)
+        chosen = watched.runtime
     except NoEngineError as error:
         pytest.skip(error.cause)
-    watched = Watched(folder, chosen)
     runtime.ensure_engine(chosen, watched.project, watched.service)
     yield watched
     chosen.stop(watched.service)
@@ -155,7 +130,7 @@ NATIVE = pytest.mark.parametrize("watched", ["native"], indirect=True)
 def watching(watched: Watched, *, limit_s: float = LIMIT_S) -> Iterator[Started]:
     """Run `invoke watch` while the context lasts; it must end as asked, and say no error."""
     limits = (f"--limit={limit_s}", "--interval=0.2")
-    with workspace.invoke(watched.folder, "watch", *limits, env=watched.clock) as process:
+    with watched.start("watch", *limits) as process:
         reader = threading.Thread(
             target=lambda: watched.said.extend(iter(process.stdout.readline, "")),  # type: ignore[union-attr]
         )
@@ -176,7 +151,7 @@ def watching(watched: Watched, *, limit_s: float = LIMIT_S) -> Iterator[Started]
 
 
 def test_killed_server_is_back(watched: Watched) -> None:
-    watched.up()
+    watched.serve()
     with watching(watched):
         wait_until(
             lambda: (watched.project.state / "watch.json").exists() or None,
@@ -195,7 +170,7 @@ def test_killed_server_is_back(watched: Watched) -> None:
 
 
 def test_frozen_server_is_restarted_after_the_limit(watched: Watched) -> None:
-    watched.up()
+    watched.serve()
     with watching(watched):
         os.kill(watched.pid, signal.SIGSTOP)
 
@@ -206,7 +181,7 @@ def test_frozen_server_is_restarted_after_the_limit(watched: Watched) -> None:
 
 
 def test_frozen_server_that_goes_on_before_the_limit_is_left_alone(watched: Watched) -> None:
-    watched.up()
+    watched.serve()
     pid = watched.pid
     with watching(watched, limit_s=6):
         os.kill(pid, signal.SIGSTOP)
@@ -219,7 +194,7 @@ def test_frozen_server_that_goes_on_before_the_limit_is_left_alone(watched: Watc
 
 def test_load_that_moves_is_never_ended(watched: Watched) -> None:
     with watched.fault("slow") as flag:
-        server = watched.runtime.start(watched.service, key=_key(watched))
+        server = watched.start_server()
         pid = watched.pid
         with watching(watched, limit_s=1):
             assert watched.stays(6, pid), watched.said
@@ -231,16 +206,12 @@ def test_load_that_moves_is_never_ended(watched: Watched) -> None:
 @NATIVE
 def test_load_that_stalls_is_restarted(watched: Watched) -> None:
     with watched.fault("stall") as flag:
-        watched.runtime.start(watched.service, key=_key(watched))
+        watched.start_server()
         with watching(watched, limit_s=1):
             assert "nothing moves while it is loading" in watched.until("restart 1 of 3")
             flag.unlink()
             watched.until("serves again")
     assert watched.answers()
-
-
-def _key(watched: Watched) -> str:
-    return keys.require(watched.service, first_start=True)
 
 
 def crowd(server: Server, *, tokens: int) -> list[threading.Thread]:
@@ -257,7 +228,7 @@ def crowd(server: Server, *, tokens: int) -> list[threading.Thread]:
 
 
 def test_busy_server_is_left_alone(watched: Watched) -> None:
-    watched.up()
+    watched.serve()
     pid = watched.pid
     with watching(watched, limit_s=2):
         threads = crowd(watched.server, tokens=100_000)
@@ -274,7 +245,7 @@ def test_busy_server_is_left_alone(watched: Watched) -> None:
 def test_server_that_decodes_nothing_is_restarted_though_its_health_is_good(
     watched: Watched,
 ) -> None:
-    watched.up()
+    watched.serve()
     with watched.fault("hang") as flag, watching(watched):
         threads = crowd(watched.server, tokens=8)
 
@@ -290,7 +261,7 @@ def test_server_that_decodes_nothing_is_restarted_though_its_health_is_good(
 def test_server_that_fails_every_request_is_restarted_though_its_health_is_good(
     watched: Watched,
 ) -> None:
-    watched.up()
+    watched.serve()
     with watched.fault("fail") as flag, watching(watched):
         wait_until(
             lambda: (watched.project.state / "watch.json").exists() or None,
@@ -317,7 +288,7 @@ def bad_requests(server: Server) -> None:
 
 @NATIVE
 def test_mistakes_of_clients_cost_no_cached_prompt(watched: Watched) -> None:
-    watched.up()
+    watched.serve()
     pid, prompt = watched.pid, {"prompt": list(range(5, 500)), "n_predict": 1}
     with watching(watched, limit_s=2), client.session(watched.server, timeout_s=30) as session:
         session.post("/completion", json=prompt)
@@ -331,7 +302,7 @@ def test_mistakes_of_clients_cost_no_cached_prompt(watched: Watched) -> None:
 
 
 def test_spent_budget_ends_in_a_diagnosis(watched: Watched) -> None:
-    watched.up()
+    watched.serve()
     with watched.fault("crash"), watching(watched):
         with pytest.raises(StackError):
             client.complete(watched.server, "hello")
@@ -347,14 +318,14 @@ def test_spent_budget_ends_in_a_diagnosis(watched: Watched) -> None:
     assert "gave up" not in "".join(watched.said[watched.said.index(line) + 1 :])
     kept = json.loads((watched.project.state / "watch.json").read_text())
     assert [case["gave_up"] for case in kept.values() if case["gave_up"]] == [line.split()[-1]]
-    watched.up()  # and the next start, the fault gone, serves
+    watched.serve()  # and the next start, the fault gone, serves
     assert watched.answers()
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "docker stop"])
 def test_end_in_good_order(watched: Watched, end: str) -> None:
     """A stray SIGTERM is no wish of an operator; `docker stop` is."""
-    watched.up()
+    watched.serve()
     if end == "SIGTERM":
         with watching(watched):
             os.kill(watched.pid, signal.SIGTERM)
@@ -371,7 +342,7 @@ def test_end_in_good_order(watched: Watched, end: str) -> None:
 
 @NATIVE
 def test_restart_that_was_interrupted_is_taken_up_again(watched: Watched) -> None:
-    watched.up()
+    watched.serve()
     pid = watched.pid
     with watching(watched) as process:
         os.kill(pid, signal.SIGKILL)
@@ -385,7 +356,7 @@ def test_restart_that_was_interrupted_is_taken_up_again(watched: Watched) -> Non
 
 @NATIVE
 def test_look_on_a_timer(watched: Watched) -> None:
-    watched.up()
+    watched.serve()
     with workspace.invoke(watched.folder, "watch", "--once") as process:
         out, err = process.communicate(timeout=PATIENCE_S)
 
@@ -417,14 +388,16 @@ def test_clock_that_is_set_while_it_serves(watched: Watched, ledger: Ledger, day
             with watched.fault(day), watching(watched):
                 assert ends() == ["whole"] * row.inputs
                 assert watched.stays(2 * LIMIT_S, pid), watched.said
-                (state,) = (s for s in json.loads(watched.invoke("status", "--json")) if s["url"])
+                (state,) = (
+                    s for s in json.loads(watched.invoke("status", "--json").stdout) if s["url"]
+                )
                 assert state["state"] == "ready"
                 assert 0 < state["up_s"] < 600
                 assert 0 < client.complete(server, "hello", tokens=64).decode_tokens_s < 1e5
         with watched.fault(day):
-            watched.invoke("key", "--rotate")
+            assert watched.invoke("key", "--rotate").status == 0
             assert client.complete(replace(watched.server, key=server.key), "hello").tokens
-            watched.invoke("key", "--retire")
+            assert watched.invoke("key", "--retire").status == 0
             assert watched.answers()
         row.found = "as expected"
 
