@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from stack import client, engine, fit, gguf_header, gpu, integrity, keys, models, plan
 from stack.choice import Choice
@@ -29,6 +29,19 @@ Progress = Callable[[str, int, int], None]
 
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]
 """Is entered for the time of a named phase."""
+
+
+class Answers(Protocol):
+    """What holds a server's answers against its model's record, and two servers' together."""
+
+    def ask(self, server: Server) -> Any:
+        """Ask a server a fixed set of questions."""
+
+    def worse(self, found: Any, before: Any) -> list[str]:
+        """Return what is answered worse than before, in words."""
+
+    def prove(self, server: Server) -> None:
+        """Raise StackError VERIFY where a server answers worse than its record."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -214,13 +227,14 @@ def up(
     stand_in: bool = False,
     choose: bool = False,
     leave_mib: int = 0,
+    answers: Answers | None = None,
     progress: Progress = silent,
 ) -> Up:
     """Serve a quant: build, make or check, start, wait, and prove it.
 
     A server that is up already is only asked to generate. One that fails, or is interrupted on
     the way, is stopped again. With `choose`, what .env leaves open is chosen for its clients and
-    what is free on the GPU, but for `leave_mib`.
+    what is free on the GPU, but for `leave_mib`. With `answers`, its answers must be right, too.
 
     Raises:
         StackError: by what failed.
@@ -246,7 +260,7 @@ def up(
     )
     with reserved(service):
         chosen = settle(project, service, header, choose=choose, leave_mib=leave_mib)
-        done = launch(runtime, chosen.service if chosen else service, key=key)
+        done = launch(runtime, chosen.service if chosen else service, key=key, answers=answers)
         return replace(done, choice=chosen)
 
 
@@ -341,14 +355,16 @@ def launch(
     service: Service,
     *,
     key: str,
+    answers: Answers | None = None,
     phase: Phase = contextlib.nullcontext,
 ) -> Up:
-    """Start a service that can start, wait for it, and prove it.
+    """Start a service that can start, wait for it, and prove it, by its answers where given.
 
     One that fails is stopped again, and the end of its log is kept in `.state`.
 
     Raises:
-        StackError: LOAD or STALLED by `client.wait_ready`; VERIFY or ON_CPU by `prove`.
+        StackError: LOAD or STALLED by `client.wait_ready`; VERIFY or ON_CPU by `prove`; VERIFY by
+            its answers.
 
     """
     start, log = time.monotonic(), failed_log(runtime, service)
@@ -361,6 +377,8 @@ def launch(
         with phase("prove"):
             told = allocation(server.logs(_LOAD_LINES))
             first = prove(server, told)
+            if answers:
+                answers.prove(server)
     except BaseException:
         try:
             if failed := runtime.find(service, key=key):

@@ -19,7 +19,7 @@ from stack.config import Project, Service
 from stack.errors import Code, StackError
 from stack.fit import Release
 from stack.host import Interrupts, write_atomic
-from stack.runtime import Phase, Progress, Runtime, Up, silent
+from stack.runtime import Answers, Phase, Progress, Runtime, Up, silent
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 
@@ -98,12 +98,14 @@ def switch(
     same_port: bool = False,
     stand_in: bool = False,
     drain_s: float = DRAIN_S,
+    answers: Answers | None = None,
     progress: Progress = silent,
 ) -> Switched:
     """Serve a quant in the place of the one that runs, or of `leave` where several do.
 
     It runs in the runtime `want`, else in the old one's; with `same_port` on the old one's port.
-    Requests get `drain_s` to end; the engine takes new ones until it is stopped.
+    Requests get `drain_s` to end; the engine takes new ones until it is stopped. With `answers` it
+    takes over only if it answers right.
 
     Raises:
         StackError: by what failed before the stop, and the old server serves on; RESTORED when
@@ -149,7 +151,7 @@ def switch(
                     new = replace(new, service=chosen.service)
                 with record.of("drain"):
                     record.cut = _drain(server, drain_s)
-                up = exchange(old, new, freed, record, interrupts)
+                up = exchange(old, new, freed, record, interrupts, answers=answers)
         except BaseException as error:
             if record.outcome == UNDER_WAY:
                 record.write(outcome="unchanged", cause=_cause(error))
@@ -293,7 +295,13 @@ def _drain(server: Server, budget_s: float) -> int | None:
 
 
 def exchange(
-    old: Side, new: Side, freed: Release | None, record: Record, interrupts: Interrupts
+    old: Side,
+    new: Side,
+    freed: Release | None,
+    record: Record,
+    interrupts: Interrupts,
+    *,
+    answers: Answers | None = None,
 ) -> Up:
     """Stop the old server, start and prove the new one; bring the old one back where that fails."""
     stopped = time.monotonic()
@@ -304,7 +312,7 @@ def exchange(
             if freed:
                 with record.of("release"):
                     fit.wait_released(freed)
-            up, record.gap_s = _launch(new, stopped, phase=record.of)
+            up, record.gap_s = _launch(new, stopped, phase=record.of, answers=answers)
             interrupts.shield()
         except BaseException:
             interrupts.shield()
@@ -346,10 +354,16 @@ def _stop(side: Side) -> None:
     side.runtime.stop(replace(side.service, stop_grace_s=_GRACE_S))
 
 
-def _launch(side: Side, stopped: float, phase: Phase = contextlib.nullcontext) -> tuple[Up, float]:
+def _launch(
+    side: Side,
+    stopped: float,
+    *,
+    phase: Phase = contextlib.nullcontext,
+    answers: Answers | None = None,
+) -> tuple[Up, float]:
     """Start and prove one side; return also the seconds from the stop until it was ready."""
     began = time.monotonic()
-    up = runtime.launch(side.runtime, side.service, key=side.key, phase=phase)
+    up = runtime.launch(side.runtime, side.service, key=side.key, phase=phase, answers=answers)
     return up, round(began + up.ready_s - stopped, 3)
 
 

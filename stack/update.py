@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from stack import client, config, engine, gpu, host, runtime
 from stack.compose import Docker
 from stack.config import Engine, Project, Service
 from stack.errors import Code, StackError
-from stack.runtime import Progress, Runtime, silent
+from stack.runtime import Answers, Progress, Runtime, silent
 from stack.server import Server
 
 _log = logging.getLogger(__name__)
@@ -27,16 +27,6 @@ _CANDIDATE, _PREVIOUS = "-candidate", "-previous"
 _TOKENS = 128
 _LEAST_ROUNDS = 8
 _PATIENCE_S = 30
-
-
-class Answers(Protocol):
-    """What holds a candidate's answers against those of the engine before it."""
-
-    def ask(self, server: Server) -> Any:
-        """Ask a server a fixed set of questions."""
-
-    def worse(self, found: Any, before: Any) -> list[str]:
-        """Return what is answered worse than before, in words."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +79,9 @@ def update(
     """Build the engine `wanted` beside the current one, prove it, and only then make it current.
 
     Raises:
-        StackError: BUILD; VERIFY where it answers worse; MISSED where it is slower; RESTORED or
-            DARK where it failed after the old one was stopped. Before that all stays as it was.
+        StackError: BUILD; VERIFY where it answers worse than the current one, or than the model's
+            record where that is not built; MISSED where it is slower; RESTORED or DARK where it
+            failed after the old one was stopped. Before that all stays as it was.
 
     """
     if "GLM_ENGINE_SOURCE" in project.settings:
@@ -105,21 +96,21 @@ def update(
     if found.commit == project.engine.commit:
         return Moved(before, _read(project)[1])
     beside, places = _beside(project, found, _CANDIDATE), _places(project)
-    with _Transaction(project, before, progress) as move, _cleaned(beside):
+    with _Transaction(project, before, answers, progress) as move, _cleaned(beside):
         for place in places:
             where, service = _in(beside, place, progress), _of(beside, place)
             runtime.build(where, beside, service, progress=progress)
-        proofs = {each.name: move.prove(beside, each, answers) for each in places}
+        proofs = {each.name: move.prove(beside, each) for each in places}
         entry = Entry(found.commit, found.build, wanted, _images(beside, places), proofs)
         return move.to(entry)
 
 
-def rollback(project: Project, *, progress: Progress = silent) -> Moved:
+def rollback(project: Project, *, answers: Answers, progress: Progress = silent) -> Moved:
     """Make the engine before the current one current again, proved.
 
     Raises:
-        StackError: USAGE where there is none, BUILD where it is not there any more; else as
-            `update`.
+        StackError: USAGE where there is none, BUILD where it is not there any more; VERIFY where it
+            answers worse than the model's record; else as `update`.
 
     """
     before, previous = _current(project), _read(project)[1]
@@ -140,23 +131,26 @@ def rollback(project: Project, *, progress: Progress = silent) -> Moved:
                 f"Make it again: `invoke update --to {previous.origin}`.",
                 Code.BUILD,
             )
-    with _Transaction(project, before, progress) as move:
+    with _Transaction(project, before, answers, progress) as move:
         for place in places:
             if place.server is None:
                 with (
                     _cleaned(beside),
-                    runtime.serving(_in(beside, place, progress), beside, _of(beside, place)),
+                    runtime.serving(_in(beside, place, progress), beside, _of(beside, place)) as up,
                 ):
-                    pass
+                    answers.prove(up.server)
         return move.to(replace(previous, images=_images(beside, places)))
 
 
 class _Transaction:
     """Takes over from the current engine; left by an error, all is as it was and serves again."""
 
-    def __init__(self, project: Project, before: Entry, progress: Progress) -> None:
+    def __init__(
+        self, project: Project, before: Entry, answers: Answers, progress: Progress
+    ) -> None:
         self.project = project
         self.before = before
+        self.answers = answers
         self.progress = progress
         self.stopped: list[_Place] = []
         self.stopped_at = 0.0
@@ -207,20 +201,20 @@ class _Transaction:
             self.stopped.append(place)  # before the stop, which may be interrupted
             place.runtime.stop(place.service)
 
-    def prove(self, beside: Project, place: _Place, answers: Answers) -> Proof:
+    def prove(self, beside: Project, place: _Place) -> Proof:
         """Prove a candidate beside what runs, or in its gap where the GPU has room for one."""
         before = None
         with self._baseline(place) as server:
             if server:
-                before = (answers.ask(server), _fastest(server))
+                before = (self.answers.ask(server), _fastest(server))
             try:
-                return self._prove(beside, place, answers, before, server)
+                return self._prove(beside, place, before, server)
             except StackError as error:
                 if error.code != Code.VRAM or self.stopped:
                     raise
                 _log.info("%s Proving it in the gap.", error.cause)
         self.stop()
-        return self._prove(beside, place, answers, before, None)
+        return self._prove(beside, place, before, None)
 
     @contextlib.contextmanager
     def _baseline(self, place: _Place) -> Iterator[Server | None]:
@@ -240,14 +234,15 @@ class _Transaction:
         self,
         beside: Project,
         place: _Place,
-        answers: Answers,
         before: tuple[Any, float] | None,
         server: Server | None,
     ) -> Proof:
         """Hold a candidate against the engine before it, whose server is up if one is given."""
         chosen = _in(beside, place, self.progress)
         with runtime.serving(chosen, beside, _of(beside, place)) as up:
-            if before and (worse := answers.worse(answers.ask(up.server), before[0])):
+            if not before:
+                self.answers.prove(up.server)
+            elif worse := self.answers.worse(self.answers.ask(up.server), before[0]):
                 raise StackError(
                     f"{place.name}: the candidate answers wrong: {'; '.join(worse)}.",
                     "The engine is as it was. Name another.",
@@ -271,7 +266,8 @@ class _Transaction:
         after = _of_engine(self.project, Engine("", entry.commit, entry.build))
         _write(self.project, entry, self.before)
         for place in self.stopped:
-            runtime.up(_in(after, place, self.progress), after, _of(after, place), choose=True)
+            where, service = _in(after, place, self.progress), _of(after, place)
+            runtime.up(where, after, service, choose=True, answers=self.answers)
         gap_s = time.monotonic() - self.stopped_at if self.stopped else 0
         _keep_previous(self.project, self.before)
         return Moved(entry, self.before, gap_s, tuple(each.name for each in self.stopped))

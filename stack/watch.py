@@ -20,7 +20,7 @@ from pathlib import Path
 from stack import client, host, keys, runtime
 from stack.config import Project, Service
 from stack.errors import Code, StackError
-from stack.runtime import Runtime
+from stack.runtime import Answers, Runtime
 from stack.server import Server
 from stack.status import STUCK_S, Looks, State
 
@@ -83,9 +83,16 @@ class _Trouble:
 class Watch:
     """Looks at the servers of some services, in both runtimes, and mends what it may."""
 
-    def __init__(self, project: Project, services: Sequence[Service], limits: Limits) -> None:
-        """Look at nothing yet."""
+    def __init__(
+        self,
+        project: Project,
+        services: Sequence[Service],
+        limits: Limits,
+        answers: Answers | None = None,
+    ) -> None:
+        """Look at nothing yet; what is restarted must answer right, where that can be told."""
         self.project, self.services, self.limits = project, services, limits
+        self._answers = answers
         self._folder = project.state / "watch"
         self._looks = Looks(project)
         self._told: dict[tuple[str, str], str] = {}
@@ -213,7 +220,7 @@ class Watch:
         yield f"{trouble.what}; {number}, evidence in {told}"
         try:
             where.stop(service)
-            up = runtime.up(where, self.project, service, choose=True)
+            up = runtime.up(where, self.project, service, choose=True, answers=self._answers)
         except StackError as error:
             case.trouble = ""
             yield f"the restart failed: {error.cause}"

@@ -1,61 +1,38 @@
 """Move the engine, and go back."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from invoke.context import Context
 
 from verbs.terminal import bars, read_project, task
 
 if TYPE_CHECKING:
-    from stack.server import Server
     from stack.update import Moved
-
-QUESTIONS = dict.fromkeys(("repeat", "reverse", "add", "next", "project", "think", "tool"), 4)
-
-
-class Answers:
-    """Questions with known answers, to the model that was trained on their like."""
-
-    def ask(self, server: "Server") -> Any:
-        """Return the score of each task; nothing of a model that was not."""
-        from bench import answers
-
-        if server.service.model.repository:
-            return {}
-        questions = answers.question_set(QUESTIONS, seed=7)
-        return answers.scores(answers.ask(server, questions))
-
-    def worse(self, found: Any, before: Any) -> list[str]:
-        """Return the tasks that are worse, with both scores."""
-        from bench import answers
-
-        return [
-            f"{task}, {found[task].right} of {found[task].asked} right, {before[task].right} before"
-            for task in answers.regressed(found, before)
-        ]
 
 
 @task
 def update(_: Context, to: str) -> None:
     """Build another engine beside the current one, prove it, and make it current."""
+    from bench.judge import Judge
     from stack import host
     from stack import update as engines
 
     project = read_project()
     with host.lock(project.state, verb="update"), bars() as progress:
-        moved = engines.update(project, to, answers=Answers(), progress=progress)
+        moved = engines.update(project, to, answers=Judge(project), progress=progress)
     _tell(moved)
 
 
 @task
 def rollback(_: Context) -> None:
     """Make the engine before the current one current again, and prove it."""
+    from bench.judge import Judge
     from stack import host
     from stack import update as engines
 
     project = read_project()
     with host.lock(project.state, verb="rollback"), bars() as progress:
-        moved = engines.rollback(project, progress=progress)
+        moved = engines.rollback(project, answers=Judge(project), progress=progress)
     _tell(moved)
 
 

@@ -73,6 +73,7 @@ def watch(
     """Restart servers that crash or hang, within a budget, until Ctrl-C or SIGTERM."""
     import signal
 
+    from bench.judge import Judge
     from stack import host
     from stack.watch import Limits, Watch
 
@@ -91,7 +92,7 @@ def watch(
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, end)
     with host.lock(project.state / "watch", verb="watch"):
-        watching = Watch(project, services, limits)
+        watching = Watch(project, services, limits, Judge(project))
         while not asked:
             gave_up = False
             for event in watching.look():

@@ -27,6 +27,7 @@ def switch(
     json: bool = False,
 ) -> None:
     """Serve a quant in the place of the one that runs; bring that one back where it fails."""
+    from bench.judge import Judge
     from stack import host
     from stack.switch import switch
 
@@ -41,6 +42,7 @@ def switch(
             same_port=same_port,
             stand_in=stand_in,
             drain_s=drain,
+            answers=Judge(project),
             progress=progress,
         )
     with contextlib.suppress(KeyboardInterrupt):  # too late to undo it

@@ -42,6 +42,10 @@ CRASHES = {"LLAMA_ARG_DEVICE": "CUDA0"}
 """A device that the engine of the CPU does not have: it ends where it should load."""
 MUTE = {"file": "mute.gguf"}
 """It loads, is healthy, and computes nothing but NaN."""
+TURNS_WRONG = {"LLAMA_ARG_ROPE_FREQ_BASE": "10000"}
+"""It answers fluently, and wrong."""
+DEGRADES = {"LLAMA_ARG_CACHE_TYPE_K": "q4_0", "LLAMA_ARG_CACHE_TYPE_V": "q4_0"}
+"""Short answers are right all the same; the log-probabilities tell."""
 PHASES = ("check", "drain", "stop", "start", "prove")
 ROUNDS = {"--docker": 6, "--native": 20}
 
@@ -307,14 +311,25 @@ def test_a_taken_port_leaves_the_old_one_alone(pair: Pair) -> None:
     assert pair.record["outcome"] == "unchanged"
 
 
-@pytest.mark.parametrize("flaw", [CRASHES, MUTE], ids=["crashes", "says-nothing"])
-def test_what_fails_later_brings_the_old_one_back(pair: Pair, flaw: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("flaw", "told"),
+    [
+        (CRASHES, "invalid device"),
+        (MUTE, "generates 32 of 32 tokens"),
+        (TURNS_WRONG, "answers wrong: "),
+        (DEGRADES, "nats from what the training code computed"),
+    ],
+    ids=["crashes", "says-nothing", "answers-wrong", "degrades"],
+)
+def test_what_fails_later_brings_the_old_one_back(
+    pair: Pair, flaw: dict[str, str], told: str
+) -> None:
     pair.ensure("tiny")
     pair.define(**flaw)
 
     done = pair.switch("exact", "--same-port")
 
-    assert_refused(done, Code.RESTORED, "glm-tiny", "serves again")
+    assert_refused(done, Code.RESTORED, told, "glm-tiny", "serves again")
     assert pair.serving().service.quant == "tiny"
     assert pair.record["outcome"] == "restored"
     assert (pair.project.state / "glm-exact.failed.log").stat().st_size > 0

@@ -252,11 +252,15 @@ def test_interrupted_in_the_take_over(deployment: Deployment, moment: str) -> No
     client.complete(deployment.server, "Hello")
 
 
+SERVES_NOTHING = 'ENTRYPOINT ["/app/confine", "/app/nothing"]'
+ANSWERS_WRONG = "ENV LLAMA_ARG_ROPE_FREQ_BASE=10000"
+
+
 @contextmanager
-def broken(docker: Docker, name: str) -> Iterator[None]:
-    """Put an image with the same labels that serves nothing in the place of another."""
+def broken(docker: Docker, name: str, line: str = SERVES_NOTHING) -> Iterator[None]:
+    """Put an image with the same labels and a fault in the place of another."""
     kept = docker.image_id(name)
-    lines = f'FROM {kept}\nENTRYPOINT ["/app/confine", "/app/nothing"]\n'
+    lines = f"FROM {kept}\n{line}\n"
     docker.client.images.build(fileobj=BytesIO(lines.encode()), tag=name, rm=True, forcerm=True)
     try:
         yield
@@ -265,14 +269,19 @@ def broken(docker: Docker, name: str) -> Iterator[None]:
         docker.name_image(kept, name)
 
 
-def test_engine_that_fails_after_the_take_over(deployment: Deployment) -> None:
+@pytest.mark.parametrize(
+    ("fault", "told"), [(SERVES_NOTHING, ""), (ANSWERS_WRONG, "glm-tiny answers wrong: ")]
+)
+def test_engine_that_fails_after_the_take_over(
+    deployment: Deployment, fault: str, told: str
+) -> None:
     docker, image = Docker(deployment.project), deployment.project.service("tiny").image
     before = deployment.state()
 
-    with broken(docker, f"{image}-previous"):
+    with broken(docker, f"{image}-previous", fault):
         done = deployment.invoke("rollback")
 
-    assert_refused(done, Code.RESTORED, "The engine before it serves again")
+    assert_refused(done, Code.RESTORED, told, "The engine before it serves again")
     assert deployment.state() == before
     client.complete(deployment.server, "Hello")
 

@@ -27,6 +27,7 @@ from tests.workspace import Started
 LIMIT_S = 3
 PATIENCE_S = 90
 INSIDE = "/app/models"
+ALIAS = "      LLAMA_ARG_ALIAS: glm-4.7-flash-tiny\n"
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,8 @@ def watched(request: pytest.FixtureRequest, tmp_path: Path, faults: Path) -> Ite
     (folder / "models" / "faults.so").write_bytes(faults.read_bytes())
     compose = (folder / "compose.yaml").read_text()
     (folder / "compose.yaml").unlink()
-    alias = "      LLAMA_ARG_ALIAS: glm-4.7-flash-tiny\n"
     added = f"      LD_PRELOAD: {INSIDE}/faults.so\n      GLM_FAULTS: {INSIDE}\n"
-    changed = compose.replace(alias, alias + added)
+    changed = compose.replace(ALIAS, ALIAS + added)
     (folder / "compose.yaml").write_text(changed.replace("period: 40s", "period: 2s"))
     watched = Watched(folder, f"--{request.param}")
     try:
@@ -319,6 +319,22 @@ def test_spent_budget_ends_in_a_diagnosis(watched: Watched) -> None:
     kept = json.loads((watched.project.state / "watch.json").read_text())
     assert [case["gave_up"] for case in kept.values() if case["gave_up"]] == [line.split()[-1]]
     watched.serve()  # and the next start, the fault gone, serves
+    assert watched.answers()
+
+
+@NATIVE
+def test_restart_that_answers_wrong_is_none(watched: Watched) -> None:
+    watched.serve()
+    file = watched.folder / "compose.yaml"
+    right = file.read_text()
+    file.write_text(right.replace(ALIAS, f'{ALIAS}      LLAMA_ARG_ROPE_FREQ_BASE: "10000"\n'))
+    with watching(watched):
+        os.kill(watched.pid, signal.SIGKILL)
+        assert "glm-tiny answers wrong: " in watched.until("the restart failed")
+
+    file.write_text(right)
+    with watching(watched):
+        watched.until("serves again")
     assert watched.answers()
 
 

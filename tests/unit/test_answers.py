@@ -72,16 +72,20 @@ def test_interval_is_wilsons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "recorded", "worse"),
+    ("found", "recorded", "strictly", "worse"),
     [
-        (Score(10, 10), Score(100, 100), False),
-        (Score(9, 10), Score(100, 100), True),
-        (Score(9, 10), Score(95, 100), False),
-        (Score(5, 10), Score(95, 100), True),
+        (Score(10, 10), Score(100, 100), True, False),
+        (Score(9, 10), Score(100, 100), True, True),
+        (Score(9, 10), Score(95, 100), True, False),
+        (Score(5, 10), Score(95, 100), True, True),
+        (Score(20, 24), Score(24, 24), False, False),
+        (Score(19, 24), Score(24, 24), False, True),
     ],
 )
-def test_worse_than_recorded(found: Score, recorded: Score, worse: bool) -> None:
-    assert answers.regressed({"add": found}, {"add": recorded}) == ["add"] * worse
+def test_worse_than_recorded(found: Score, recorded: Score, strictly: bool, worse: bool) -> None:
+    told = answers.regressed({"add": found}, {"add": recorded}, strictly=strictly)
+
+    assert told == ["add"] * worse
 
 
 def test_every_word_is_asked_for() -> None:

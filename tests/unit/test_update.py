@@ -75,13 +75,17 @@ class Card:
         self.done.append("prove")
         yield SimpleNamespace(server=server("new"), ready_s=1.0)
 
-    def up(self, *_: object, choose: bool) -> None:
+    def up(self, *_: object, choose: bool, answers: object = None) -> None:
         assert choose
+        assert answers is None
         self.done.append("up")
         self.served = True
 
 
 class NoQuestions:
+    def prove(self, _: Server) -> None:
+        pass
+
     def ask(self, _: Server) -> None:
         return None
 
@@ -103,7 +107,7 @@ def move(
     monkeypatch.setattr(runtime, "choose", lambda *_, **__: where)
     monkeypatch.setattr(update, "_running", lambda _: [place])
     entry = update.Entry("c0ffee", 1, "c0ffee")
-    return _Transaction(project, entry, runtime.silent), place, card
+    return _Transaction(project, entry, NoQuestions(), runtime.silent), place, card
 
 
 def test_candidate_without_room_is_proved_in_the_gap(
@@ -111,7 +115,7 @@ def test_candidate_without_room_is_proved_in_the_gap(
 ) -> None:
     transaction, place, card = move
     with transaction:
-        proof = transaction.prove(transaction.project, place, NoQuestions())
+        proof = transaction.prove(transaction.project, place)
 
     assert card.done == ["stop", "prove"]
     assert (proof.tokens_s, proof.baseline_tokens_s) == (1000, 1000)
@@ -128,7 +132,7 @@ def test_candidate_that_fails_in_the_gap_gives_it_back(
         pytest.raises(StackError, match="The engine before it serves again") as caught,
         transaction,
     ):
-        transaction.prove(transaction.project, place, NoQuestions())
+        transaction.prove(transaction.project, place)
 
     assert caught.value.code == Code.RESTORED
     assert card.done == ["stop", "stop", "up"]

@@ -34,8 +34,9 @@ class Scene:
     def _stop(self, _: object) -> None:
         self.server = None
 
-    def _up(self, *_: object, choose: bool) -> Any:
+    def _up(self, *_: object, choose: bool, answers: object) -> Any:
         assert choose
+        assert answers is None
         self.restarted += 1
         if self.fails:
             raise StackError("It ended while it loaded.", "See its log.", Code.LOAD)
