@@ -252,11 +252,16 @@ def off_gpu(server: Server, device: gpu.Gpu) -> str:
     pids = {process.pid for process in server.processes}
     if pids and device.pids and not pids & {*device.pids}:
         return f"GPU {device.index} has no process of it"
-    files = gguf_header.parts(server.service.model_file)
-    size_mib = sum(file.stat().st_size for file in files if file.exists()) / 2**20
+    size_mib = _size_mib(server.service)
     if device.used_mib is not None and device.used_mib < _SHARE * size_mib:
         return f"GPU {device.index} holds {device.used_mib:,} MiB, its file has {size_mib:,.0f} MiB"
     return ""
+
+
+def _size_mib(service: Service) -> float:
+    """Return the size of a model's files, of which one may have been taken away since its load."""
+    files = gguf_header.parts(service.model_file)
+    return sum(file.stat().st_size for file in files if file.exists()) / 2**20
 
 
 def check_offload(server: Server, told: Allocation) -> None:
@@ -266,8 +271,7 @@ def check_offload(server: Server, told: Allocation) -> None:
         StackError: ON_CPU, with what is where.
 
     """
-    files = gguf_header.parts(server.service.model_file)
-    size_mib = sum(file.stat().st_size for file in files) / 2**20
+    size_mib = _size_mib(server.service)
     on_gpu = {pid for device in gpu.gpus() for pid in device.pids}
     seen = not on_gpu or any(process.pid in on_gpu for process in server.processes)
     if (
