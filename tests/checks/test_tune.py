@@ -33,9 +33,9 @@ class Tuning(Deployment):
 
     @property
     def evidence(self) -> list[dict[str, Any]]:
-        """The trials that are kept, of the first tune."""
+        """The trials that are kept, of all tunes."""
         files = sorted((self.project.state / "tune").glob("*.json"), key=os.path.getmtime)
-        return json.loads(files[0].read_text()) if files else []
+        return [trial for file in files for trial in json.loads(file.read_text())]
 
     def profile(self, clients: int) -> dict[str, Any]:
         (path,) = (self.project.state / "profiles").glob(f"tiny-*-{clients}-clients.json")
@@ -82,12 +82,12 @@ def tuning(
     chosen.stop(tuning.service)
 
 
-@pytest.fixture(scope="module")
-def interrupted(tuning: Tuning) -> list[dict[str, Any]]:
-    """What is kept of a tune that was interrupted in its second trial."""
-    with tuning.start("tune", tuning.flag, *LOAD) as process:
+def interrupt(tuning: Tuning, *arguments: str) -> str:
+    """Begin a tune, interrupt it in a trial after the first one; return what it said."""
+    before = len(tuning.evidence)
+    with tuning.start("tune", tuning.flag, *arguments) as process:
         wait_until(
-            lambda: len(tuning.evidence) == 1 or process.poll() is not None or None,
+            lambda: len(tuning.evidence) > before or process.poll() is not None or None,
             timeout_s=60,
             what="no trial",
         )
@@ -95,6 +95,13 @@ def interrupted(tuning: Tuning) -> list[dict[str, Any]]:
         _, err = process.communicate(timeout=60)
     assert process.returncode in INTERRUPTED, err
     assert "goes on from there" in err
+    return err
+
+
+@pytest.fixture(scope="module")
+def interrupted(tuning: Tuning) -> list[dict[str, Any]]:
+    """What is kept of a tune that was interrupted in its second trial."""
+    interrupt(tuning, *LOAD)
     assert tuning.nothing_runs()
     return tuning.evidence
 
@@ -160,6 +167,19 @@ def test_what_serves_is_not_disturbed_unless_asked_to_and_comes_back(tuning: Tun
     assert after.processes != before.processes
     assert (after.url, client.props(after)["total_slots"]) == (before.url, says["total_slots"])
     assert client.complete(after, "hello", tokens=4).tokens == 4
+
+
+def test_what_serves_comes_back_from_an_interrupted_tune(tuning: Tuning) -> None:
+    tuning.invoke("up", tuning.flag)
+    before = tuning.server
+
+    said = interrupt(tuning, "--clients=3", "--budget=45s", "--replace")
+
+    after = tuning.server
+    assert "serves again" in said
+    assert after.processes != before.processes
+    assert client.complete(after, "hello", tokens=4).tokens == 4
+    tuning.invoke("down")
 
 
 def test_a_profile_of_another_engine_is_passed_over(tuning: Tuning, tuned: host.Result) -> None:
