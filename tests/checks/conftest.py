@@ -57,6 +57,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--record", action="store_true", help="make the record of what is found")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    row = "row(number, case, expected, inputs=1): enters a check in the ledger of faults"
+    config.addinivalue_line("markers", row)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function) and item.get_closest_marker("row"):
+        item.fixturenames.append("ledger")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Enter a check that has a mark `row` in the ledger, unless it skips itself."""
+    mark = pyfuncitem.get_closest_marker("row")
+    if not mark:
+        return (yield)
+    number, case, expected = mark.args
+    ledger = pyfuncitem.funcargs["ledger"]
+    assert isinstance(ledger, Ledger)
+    with ledger.trying(number, case, expected=expected, target=_where(pyfuncitem)) as row:
+        row.inputs = mark.kwargs.get("inputs", 1)
+        try:
+            done = yield
+        except pytest.skip.Exception:
+            ledger.rows.remove(row)
+            raise
+        row.found = "as expected"
+    return done
+
+
+def _where(item: pytest.Function) -> str:
+    """Return which target a check is run on; Docker's, where it has no choice."""
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    told = [str(value).strip("-") for value in params]
+    (where, *_) = [each for each in told if each.startswith(RUNTIMES)] or ["docker"]
+    return where if "-" in where else f"{where}-tiny"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return

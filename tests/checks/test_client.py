@@ -330,6 +330,11 @@ def provoke(server: Server) -> None:
         pass
 
 
+@pytest.mark.row(
+    "S11",
+    "`clean` while it serves, and of a folder that is a link or holds what is not ours",
+    "refused; lists, then removes what is ours alone",
+)
 def test_clean_lists_then_removes_its_own(own: tuple[Project, str]) -> None:
     project, where = own
     assert invoke(project, "up", f"--{where}").status == 0

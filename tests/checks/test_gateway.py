@@ -527,6 +527,12 @@ def test_body_larger_than_the_buffer_arrives_whole(front: Front) -> None:
     assert answer.status == 200
 
 
+@pytest.mark.row(
+    "R14",
+    "with the gateway: 8 clients a slot",
+    "whole answers, or 429 with Retry-After",
+    inputs=8 * SLOTS,
+)
 def test_more_than_it_takes_is_told_to_wait_and_the_rest_is_unharmed(server: Server) -> None:
     tokens = 200
     answers = ask_at_once(server.url, [chat(tokens=tokens, key=server.key)] * 8 * SLOTS)
@@ -541,6 +547,12 @@ def test_more_than_it_takes_is_told_to_wait_and_the_rest_is_unharmed(server: Ser
 
 
 @pytest.mark.usefixtures("many_files")
+@pytest.mark.row(
+    "R13",
+    "with the gateway: 2,000 connections at once",
+    "200, 429 or 503, none reset; then it answers",
+    inputs=2000,
+)
 def test_flood_of_connections_is_answered(server: Server, docker: Docker) -> None:
     """All open before the first sends, and none is reset."""
     count = 2000
@@ -741,6 +753,12 @@ def endless(sock: socket.socket) -> None:
 
 
 @pytest.mark.usefixtures("many_files")
+@pytest.mark.row(
+    "R12",
+    "with the gateway: 200 slow heads, 200 slow bodies, 200 that never read",
+    "ended after 10, 20 and 30 s; another client waits less than twice as long",
+    inputs=600,
+)
 def test_slow_clients_are_ended_and_slow_nobody_down(server: Server, front: Front) -> None:
     """200 slow headers, 200 slow bodies, 200 that never read what they asked for.
 

@@ -101,6 +101,9 @@ def raw(server: Server, header: str, target: str = "/v1/models") -> tuple[str, b
 
 
 @pytest.mark.parametrize("header", STRANGERS.values(), ids=STRANGERS)
+@pytest.mark.row(
+    "R17", "a key that is wrong, cut, too long, or elsewhere", "401 in the same few words"
+)
 def test_strangers_are_told_the_same_in_few_words(server: Server, header: str) -> None:
     told = raw(server, header.format(key=server.key))
 
@@ -109,6 +112,7 @@ def test_strangers_are_told_the_same_in_few_words(server: Server, header: str) -
     assert len(told[1]) < 200
 
 
+@pytest.mark.row("R17", "the key in the address", "401")
 def test_key_in_the_address_opens_nothing(server: Server) -> None:
     assert raw(server, "Accept: */*", f"/v1/models?api_key={server.key}")[0] == "401"
 
@@ -143,6 +147,7 @@ def test_key_longer_than_a_header_may_be_is_no_request(server: Server) -> None:
         ("GET", "/cors-proxy?url=http://127.0.0.1/"),
     ],
 )
+@pytest.mark.row("R19", "slots, props, models, tools, UI", "403, 404 or 501")
 def test_unasked_routes_are_off(server: Server, method: str, path: str) -> None:
     with client.session(server) as session:
         answer = session.request(method, path, json={} if method == "POST" else None)
@@ -155,6 +160,7 @@ FOREIGN = ("http://evil.example", "http://localhost.evil.example", "null")
 
 @pytest.mark.parametrize("method", ["GET", "OPTIONS"])
 @pytest.mark.parametrize("origin", FOREIGN)
+@pytest.mark.row("R18", "a page of a foreign origin", "not let in by CORS")
 def test_page_of_another_origin_may_not_read_answers(
     server: Server, method: str, origin: str
 ) -> None:

@@ -287,6 +287,11 @@ def broken(pair: Pair, make: Callable[[Pair], None]) -> Iterator[None]:
     ],
     ids=["unknown", "truncated", "missing", "key", "no-gpu"],
 )
+@pytest.mark.row(
+    "S1",
+    "switch to what cannot start: unknown, truncated, missing, no key, no GPU",
+    "refused before the stop; the old one serves on",
+)
 def test_what_cannot_start_leaves_the_old_one_alone(
     pair: Pair, quant: str, make: Callable[[Pair], None], code: Code
 ) -> None:
@@ -300,6 +305,9 @@ def test_what_cannot_start_leaves_the_old_one_alone(
     assert pair.serving().processes == before.processes
 
 
+@pytest.mark.row(
+    "S1", "switch to a port that is taken", "refused before the stop; the old one serves on"
+)
 def test_a_taken_port_leaves_the_old_one_alone(pair: Pair) -> None:
     before = pair.ensure("tiny")
     port = pair.project.service("exact").port or 0
@@ -321,6 +329,11 @@ def test_a_taken_port_leaves_the_old_one_alone(pair: Pair) -> None:
     ],
     ids=["crashes", "says-nothing", "answers-wrong", "degrades"],
 )
+@pytest.mark.row(
+    "S2",
+    "switch to what crashes as it loads, generates nothing, or answers wrong",
+    "60; the old one is back and answers right",
+)
 def test_what_fails_later_brings_the_old_one_back(
     pair: Pair, flaw: dict[str, str], told: str
 ) -> None:
@@ -335,6 +348,11 @@ def test_what_fails_later_brings_the_old_one_back(
     assert (pair.project.state / "glm-exact.failed.log").stat().st_size > 0
 
 
+@pytest.mark.row(
+    "S3",
+    "neither the new one nor the old one comes up",
+    "61, said so; nothing runs, the port is free",
+)
 def test_when_neither_comes_up_nothing_is_left_and_it_is_said(pair: Pair) -> None:
     port = pair.ensure("tiny").port or 0
     pair.define(**CRASHES)
@@ -353,6 +371,7 @@ def services(pair: Pair) -> list[Service]:
     return list(pair.project.services.values())
 
 
+@pytest.mark.row("S4", "two switches at once", "one wins, the other exits 3")
 def test_of_two_switches_at_once_one_wins(pair: Pair) -> None:
     pair.ensure("tiny")
     with pair.start("switch", "--to", "exact") as one, pair.start("switch", "--to", "exact") as two:
@@ -379,6 +398,9 @@ def other(pair: Pair) -> tuple[str, str]:
         ("start", signal.SIGHUP),
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else value,
+)
+@pytest.mark.row(
+    "S4", "SIGINT, SIGTERM, SIGHUP, in each phase", "one of the two serves and answers right"
 )
 def test_interrupted_in_each_phase_one_of_the_two_answers(
     pair: Pair, phase: str, number: signal.Signals
@@ -413,6 +435,9 @@ def test_interrupted_while_the_old_one_comes_back_it_comes_back(pair: Pair) -> N
     assert pair.serving().service.quant == "tiny"
 
 
+@pytest.mark.row(
+    "S4", "kill -9 while the new one starts", "the next command says how far it came, and goes on"
+)
 def test_after_a_killed_switch_the_next_command_knows_how_far_it_came(pair: Pair) -> None:
     old, new = other(pair)
     with pair.start("switch", "--to", new) as process:
@@ -435,6 +460,7 @@ def test_after_a_killed_switch_the_next_command_knows_how_far_it_came(pair: Pair
 
 
 @pytest.mark.parametrize("text", ["", "null"])
+@pytest.mark.row("S6", "corrupt state file", "moved aside, and said")
 def test_a_corrupt_record_is_moved_aside(pair: Pair, text: str) -> None:
     pair.invoke("down")
     record = pair.project.state / "switch.json"
@@ -459,6 +485,7 @@ def remove_by_hand(pair: Pair, server: Server) -> None:
         wait_until(server.ended, timeout_s=10, what="still runs")
 
 
+@pytest.mark.row("S6", "the server was removed by hand", "refused, with what to do")
 def test_what_was_removed_by_hand_is_no_server_to_replace(pair: Pair) -> None:
     server = pair.ensure("tiny")
     remove_by_hand(pair, server)
@@ -467,6 +494,7 @@ def test_what_was_removed_by_hand_is_no_server_to_replace(pair: Pair) -> None:
     assert pair.ensure("exact")
 
 
+@pytest.mark.row("S6", "the old one is removed by hand in the drain", "the new one serves")
 def test_what_is_removed_by_hand_meanwhile_is_replaced_all_the_same(pair: Pair) -> None:
     server = pair.ensure("tiny")
     answer = Answer(server, 8000)
@@ -480,6 +508,7 @@ def test_what_is_removed_by_hand_meanwhile_is_replaced_all_the_same(pair: Pair) 
     assert pair.serving().service.quant == "exact"
 
 
+@pytest.mark.row("C4", "a variable is exported that contradicts .env", ".env wins, with a warning")
 def test_env_file_wins_over_an_exported_variable(pair: Pair) -> None:
     pair.ensure("tiny")
     pair.set(GLM_EXACT_FILE="tiny-f16.gguf")
@@ -538,6 +567,7 @@ def test_native_and_docker_side_by_side(pair: Pair) -> None:
     runtime.down(pair.project.service("exact"), runtime.present(pair.project))
 
 
+@pytest.mark.row("R2", "SIGTERM when idle", "exit 0")
 def test_sigterm_ends_a_server_with_0(pair: Pair) -> None:
     pair.ensure("tiny")
     pair.invoke("down")
@@ -555,6 +585,12 @@ def test_sigterm_ends_a_server_with_0(pair: Pair) -> None:
         assert os.waitstatus_to_exitcode(status) == 0
 
 
+@pytest.mark.row(
+    "R3",
+    "switched again and again under load",
+    "no wrong answer; no container, process, port or file left",
+    inputs=20,
+)
 def test_many_switches_under_load_leave_nothing_behind(pair: Pair) -> None:
     server, rounds = pair.ensure("tiny"), ROUNDS[pair.flag]
     before = traces(pair)

@@ -145,6 +145,7 @@ def test_engine_that_cannot_be_had(deployment: Deployment, wanted: str) -> None:
     assert deployment.state() == before
 
 
+@pytest.mark.row("S10", "update to an engine that does not compile", "30; the old one serves on")
 def test_engine_that_does_not_compile(deployment: Deployment) -> None:
     before, server = deployment.state(), deployment.server
     source = deployment.source("broken")
@@ -157,6 +158,7 @@ def test_engine_that_does_not_compile(deployment: Deployment) -> None:
     assert server.ended() is None
 
 
+@pytest.mark.row("S10", "update to an engine that answers wrong", "50; the old one serves on")
 def test_engine_that_answers_wrong(deployment: Deployment) -> None:
     before, server = deployment.state(), deployment.server
     with client.session(server) as session:
@@ -173,6 +175,7 @@ def test_engine_that_answers_wrong(deployment: Deployment) -> None:
     assert server.ended() is None
 
 
+@pytest.mark.row("S10", "update to a slower engine", "51, with both rates; the old one serves on")
 def test_engine_that_is_slow(deployment: Deployment) -> None:
     before, server = deployment.state(), deployment.server
     slow = f"{SAMPLED}                usleep(1000);\n"

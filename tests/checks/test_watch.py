@@ -169,6 +169,9 @@ def test_killed_server_is_back(watched: Watched) -> None:
         assert watched.pid != pid
 
 
+@pytest.mark.row(
+    "R4", "frozen by SIGSTOP for longer than the limit", "one restart, then it answers"
+)
 def test_frozen_server_is_restarted_after_the_limit(watched: Watched) -> None:
     watched.serve()
     with watching(watched):
@@ -180,6 +183,7 @@ def test_frozen_server_is_restarted_after_the_limit(watched: Watched) -> None:
     assert watched.answers()
 
 
+@pytest.mark.row("R4", "frozen by SIGSTOP, and let go before the limit", "left alone, and answers")
 def test_frozen_server_that_goes_on_before_the_limit_is_left_alone(watched: Watched) -> None:
     watched.serve()
     pid = watched.pid
@@ -192,6 +196,7 @@ def test_frozen_server_that_goes_on_before_the_limit_is_left_alone(watched: Watc
     assert watched.answers()
 
 
+@pytest.mark.row("L7", "a load that is slow, for longer than the limit", "never ended")
 def test_load_that_moves_is_never_ended(watched: Watched) -> None:
     with watched.fault("slow") as flag:
         server = watched.start_server()
@@ -204,6 +209,7 @@ def test_load_that_moves_is_never_ended(watched: Watched) -> None:
 
 
 @NATIVE
+@pytest.mark.row("L7", "a load that stalls", "restarted after the limit, by its silence")
 def test_load_that_stalls_is_restarted(watched: Watched) -> None:
     with watched.fault("stall") as flag:
         watched.start_server()
@@ -227,6 +233,7 @@ def crowd(server: Server, *, tokens: int) -> list[threading.Thread]:
     return threads
 
 
+@pytest.mark.row("R5", "all slots busy and a queue, for longer than the limit", "left alone")
 def test_busy_server_is_left_alone(watched: Watched) -> None:
     watched.serve()
     pid = watched.pid
@@ -242,6 +249,9 @@ def test_busy_server_is_left_alone(watched: Watched) -> None:
 
 
 @NATIVE
+@pytest.mark.row(
+    "R5", "health 200, and nothing is decoded", "restarted after the limit, then it answers"
+)
 def test_server_that_decodes_nothing_is_restarted_though_its_health_is_good(
     watched: Watched,
 ) -> None:
@@ -258,6 +268,9 @@ def test_server_that_decodes_nothing_is_restarted_though_its_health_is_good(
 
 
 @NATIVE
+@pytest.mark.row(
+    "R5", "health 200, and every completion fails", "restarted after the limit, then it answers"
+)
 def test_server_that_fails_every_request_is_restarted_though_its_health_is_good(
     watched: Watched,
 ) -> None:
@@ -301,6 +314,9 @@ def test_mistakes_of_clients_cost_no_cached_prompt(watched: Watched) -> None:
     assert again["timings"]["cache_n"] > 490, again["timings"]
 
 
+@pytest.mark.row(
+    "S8", "it crashes at every request", "no more than 3 restarts, then a written diagnosis"
+)
 def test_spent_budget_ends_in_a_diagnosis(watched: Watched) -> None:
     watched.serve()
     with watched.fault("crash"), watching(watched):
