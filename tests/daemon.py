@@ -76,17 +76,25 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def daemon() -> Iterator[Daemon]:
-    """Start an engine, and end it; skip where this user may not, or there is none."""
+def daemon(image: str, *, size: str = "") -> Iterator[Daemon]:
+    """Start an engine with an image of the machine's own, and end it; skip where none can be.
+
+    With a `size` its data lie in a file system that has no more.
+    """
     if os.getuid():
         pytest.skip("only root starts a Docker engine")
     # Not in pytest's folder: the path of a socket has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="glm", ignore_cleanup_errors=True) as name:
         found = Daemon(Path(name))
+        data = found.folder / "data"
+        data.mkdir()
         try:
+            if size:
+                host.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", data])
             found.start()
+            found.load(image)
             yield found
         finally:
             found.end(signal.SIGTERM)
-            while host.run(["umount", found.folder / "data"]).status == 0:
-                pass  # one mount for each time that it was killed
+            while host.run(["umount", data]).status == 0:
+                pass  # one mount for each time that it was killed, and one of ours

@@ -23,6 +23,7 @@ from stack.errors import StackError
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
+from tests.daemon import Daemon, daemon
 from tests.ledger import Ledger
 
 RUNTIMES = ("docker", "native")
@@ -177,6 +178,24 @@ def bill(engine: Runtime, service: Service) -> str:
             return member.read().decode()
     finally:
         container.remove()
+
+
+@pytest.fixture
+def own_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    """A Docker engine of the test's own, which every command takes for the machine's.
+
+    A parameter is the size of its data's file system.
+    """
+    project = config.load(workspace.ROOT)
+    service = project.service("tiny")
+    try:
+        chosen = runtime.choose(project, want="docker")
+    except NoEngineError as error:
+        pytest.skip(error.cause)
+    runtime.ensure_engine(chosen, project, service)
+    with daemon(service.image, size=getattr(request, "param", "")) as own:
+        monkeypatch.setenv("DOCKER_HOST", own.host)
+        yield own
 
 
 @pytest.fixture(scope="session")

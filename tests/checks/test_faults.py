@@ -21,6 +21,7 @@ from stack.engine_log import allocation
 from stack.errors import Code, StackError
 from stack.wait import wait_until
 from tests import workspace
+from tests.daemon import Daemon
 from tests.ledger import Ledger
 from tests.workspace import Deployment, Started
 
@@ -180,7 +181,7 @@ def test_disk_too_small_for_a_stand_in(deployment: Deployment) -> None:
 
 def fill(folder: Path) -> None:
     """Leave no byte in a small file system."""
-    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+    with contextlib.suppress(OSError), (folder / "filler").open("ab", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
 
@@ -412,6 +413,30 @@ def test_killed_up_leaves_a_lock_and_a_server_that_the_next_one_takes_over(
     assert deployment.up().status == 0
     assert deployment.invoke("down").status == 0
     assert not host.port_conflict("127.0.0.1", deployment.service.port or 0)
+
+
+@pytest.mark.parametrize("own_engine", ["100m"], indirect=True)
+@pytest.mark.parametrize("deployment", ["--docker"], indirect=True)
+def test_full_disk_under_dockers_data(
+    own_engine: Daemon, deployment: Deployment, ledger: Ledger
+) -> None:
+    expected = "it serves on; it can be stopped; no start but with exit 11; then, with room, one"
+    with ledger.trying(
+        "D9", "no room for Docker's data", expected=expected, target=deployment.target
+    ) as row:
+        assert deployment.up().status == 0
+        data = own_engine.folder / "data"
+        fill(data)
+        for row.inputs in range(1, 51):
+            assert client.complete(deployment.server, "hello", tokens=64).tokens == 64
+        assert deployment.invoke("status").status == 0
+        assert deployment.invoke("down").status == 0
+        fill(data)
+        assert_refused(deployment.up(), Code.DISK, "no space left on device")
+        assert deployment.nothing_runs()
+        (data / "filler").unlink()
+        assert deployment.up().status == 0
+        row.found = "as expected"
 
 
 LOG_BYTES = 10**6

@@ -20,7 +20,7 @@ from stack.server import Server
 from stack.status import Looks
 from stack.wait import wait_until
 from tests import clients, workspace
-from tests.daemon import Daemon, daemon
+from tests.daemon import Daemon
 from tests.ledger import Ledger
 from tests.workspace import Started
 
@@ -463,21 +463,6 @@ def stop(watched: Watched) -> None:
     container = watched.runtime.container(watched.service)
     assert container
     container.stop()
-
-
-@pytest.fixture
-def own_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    """An engine of the test's own, which every command takes for the machine's."""
-    project = config.load(workspace.ROOT)
-    try:
-        chosen = runtime.choose(project, want="docker")
-    except NoEngineError as error:
-        pytest.skip(error.cause)
-    runtime.ensure_engine(chosen, project, project.service("tiny"))
-    with daemon() as own:
-        own.load(project.service("tiny").image)
-        monkeypatch.setenv("DOCKER_HOST", own.host)
-        yield own
 
 
 QUESTIONS = answers.question_set({"repeat": 2, "reverse": 2, "next": 2}, seed=7)
