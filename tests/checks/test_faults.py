@@ -53,6 +53,9 @@ def assert_refused(done: host.Result, code: Code, *words: str) -> None:
 
 
 @pytest.mark.parametrize("quant", ["q9", "", "../../x", "--foo"])
+@pytest.mark.row(
+    "C1", "an unknown quant, nothing, a path, an option", "exit 2, with those that there are"
+)
 def test_unknown_quant(deployment: Deployment, quant: str) -> None:
     done = deployment.invoke("up", deployment.flag, f"--quant={quant}")
 
@@ -64,6 +67,9 @@ def test_unknown_quant(deployment: Deployment, quant: str) -> None:
     ["GLM_GPU=", "GLM_GPU=0\nGLM_GPU=1", "GLM_COLOUR=red"],
     ids=["blank", "twice", "unknown"],
 )
+@pytest.mark.row(
+    "C2", "a setting that is blank, given twice or unknown", "exit 2, with file and line"
+)
 def test_bad_setting(deployment: Deployment, line: str) -> None:
     env = deployment.folder / ".env"
     number = len(env.read_text().splitlines()) + len(line.splitlines())
@@ -73,12 +79,14 @@ def test_bad_setting(deployment: Deployment, line: str) -> None:
     env.write_text("")
 
 
+@pytest.mark.row("H1", "no Docker engine", "exit 10, said so")
 def test_no_docker_engine(deployment: Deployment) -> None:
     done = deployment.invoke("up", "--docker", DOCKER_HOST="unix:///nonexistent")
 
     assert_refused(done, Code.HOST, "No Docker engine answers")
 
 
+@pytest.mark.row("H1", "a Docker engine that hangs", "exit 10, within 10 s")
 def test_hanging_docker_engine(deployment: Deployment) -> None:
     path = deployment.folder / "docker.sock"
     with socket.socket(socket.AF_UNIX) as deaf:
@@ -93,6 +101,9 @@ def test_hanging_docker_engine(deployment: Deployment) -> None:
 
 @pytest.mark.parametrize(
     ("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+)
+@pytest.mark.row(
+    "C7", "the port is taken, by IPv4 or IPv6", "exit 13, with the holder; nothing runs"
 )
 def test_port_taken(deployment: Deployment, family: socket.AddressFamily, address: str) -> None:
     with socket.socket(family) as taken:
@@ -119,6 +130,11 @@ def shorten(path: Path) -> None:
     ],
     ids=["directory", "empty", "not-gguf", "truncated"],
 )
+@pytest.mark.row(
+    "L4",
+    "the model is a folder, empty, a web page, cut short",
+    "exit 40 or 21, with its name; nothing runs",
+)
 def test_broken_model(deployment: Deployment, make: Callable[[Path], None], code: Code) -> None:
     folder = deployment.folder / "broken"
     folder.mkdir()
@@ -130,6 +146,7 @@ def test_broken_model(deployment: Deployment, make: Callable[[Path], None], code
 
 
 @pytest.mark.parametrize("content", [b"", b"key\r\n", b"key \n"], ids=["empty", "crlf", "blank"])
+@pytest.mark.row("C9", "a key file that is empty, or with blanks", "exit 2; nothing runs")
 def test_unusable_key(deployment: Deployment, content: bytes) -> None:
     keys.make(deployment.service).write_bytes(content)
 
@@ -138,6 +155,7 @@ def test_unusable_key(deployment: Deployment, content: bytes) -> None:
     deployment.service.key_file.unlink()
 
 
+@pytest.mark.row("C9", "a key file of another user's", "exit 2, with the command that mends it")
 def test_key_that_the_server_cannot_read(deployment: Deployment) -> None:
     os.chown(keys.make(deployment.service), 12345, 12345)
 
@@ -150,6 +168,7 @@ def test_configured_key_that_is_missing(deployment: Deployment) -> None:
     assert_refused(deployment.up(), Code.USAGE, "invoke key")
 
 
+@pytest.mark.row("C10", "published with no key", "exit 2")
 def test_publishing_without_a_key(deployment: Deployment) -> None:
     deployment.set(GLM_BIND="0.0.0.0")  # noqa: S104
 
@@ -168,6 +187,7 @@ def small(folder: Path, size: str) -> Iterator[None]:
         host.run(["umount", "--lazy", folder])
 
 
+@pytest.mark.row("D9", "no room for a model", "exit 11; nothing is left")
 def test_disk_too_small_for_a_stand_in(deployment: Deployment) -> None:
     folder = deployment.folder / "small"
     with small(folder, "64m"):
@@ -247,6 +267,7 @@ def test_up_twice(deployment: Deployment) -> None:
     assert "was up already" in again.stdout
 
 
+@pytest.mark.row("D10", "another operation holds the lock", "exit 3, with its name and pid")
 def test_up_while_another_operation_is_at_work(deployment: Deployment) -> None:
     with host.lock(deployment.project.state, verb="switch"):
         done = deployment.up()
@@ -254,6 +275,7 @@ def test_up_while_another_operation_is_at_work(deployment: Deployment) -> None:
     assert_refused(done, Code.BUSY, f"invoke switch, pid {os.getpid()}")
 
 
+@pytest.mark.row("L8", "kill -9 while it loads", "40, said so; the next start serves")
 def test_killed_while_it_loads(deployment: Deployment) -> None:
     server = deployment.start_server()
     os.kill(server.processes[0].pid, signal.SIGKILL)
@@ -265,6 +287,7 @@ def test_killed_while_it_loads(deployment: Deployment) -> None:
     assert deployment.up().status == 0
 
 
+@pytest.mark.row("L7", "SIGSTOP while it loads", "41, by its silence")
 def test_stalled_load_is_given_up_by_its_silence(deployment: Deployment) -> None:
     server = deployment.start_server()
     os.kill(server.processes[0].pid, signal.SIGSTOP)
@@ -276,6 +299,7 @@ def test_stalled_load_is_given_up_by_its_silence(deployment: Deployment) -> None
     os.kill(server.processes[0].pid, signal.SIGCONT)
 
 
+@pytest.mark.row("H3", "a GPU is asked for, and the CPU serves", "42")
 def test_loaded_but_not_on_the_gpu(deployment: Deployment) -> None:
     """The tiny model serves from the CPU: what a GPU service must never be taken for."""
     server = deployment.start_server()
@@ -287,6 +311,9 @@ def test_loaded_but_not_on_the_gpu(deployment: Deployment) -> None:
     assert caught.value.code == Code.ON_CPU
 
 
+@pytest.mark.row(
+    "R1", "kill -9 while one client streams", "an error; status tells of it; the next start serves"
+)
 def test_killed_while_it_streams(deployment: Deployment) -> None:
     deployment.up()
     server = runtime.running(deployment.project, "tiny")
@@ -337,6 +364,9 @@ def interrupt(
 
 
 @pytest.mark.parametrize("delay_s", [0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.1, 1.5])
+@pytest.mark.row(
+    "L9", "Ctrl-C at eight moments of a start", "nothing runs, or it is up; the next start serves"
+)
 def test_interrupted_up_leaves_nothing(deployment: Deployment, delay_s: float) -> None:
     process = deployment.start("up", deployment.flag)
     locked_by(deployment, process.pid)
@@ -361,6 +391,7 @@ def test_interrupted_stand_in_leaves_nothing(deployment: Deployment) -> None:
     assert list(models.iterdir()) == []
 
 
+@pytest.mark.row("B5", "Ctrl-C in a build", "the old engine stays; nothing builds on")
 def test_interrupted_build_leaves_the_old_engine(deployment: Deployment) -> None:
     deployment.set(GLM_ENGINE_SOURCE=engine.source(deployment.project))
     build = f":-{deployment.project.engine.build}}}"
@@ -402,6 +433,11 @@ def builds(deployment: Deployment, number: str) -> bool:
 
 
 @pytest.mark.parametrize("delay_s", [0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7])
+@pytest.mark.row(
+    "D10",
+    "kill -9 at seven moments of a start",
+    "the next start takes over; the port is free in the end",
+)
 def test_killed_up_leaves_a_lock_and_a_server_that_the_next_one_takes_over(
     deployment: Deployment, delay_s: float
 ) -> None:
