@@ -5,6 +5,8 @@ Its containers are reached by way of Docker's own proxy, on loopback.
 
 import contextlib
 import os
+import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,6 @@ from stack.wait import wait_until
 
 _START_S = 60
 _OPTIONS = (
-    "--bridge=none",
     "--iptables=false",
     "--ip6tables=false",
     "--ip-forward=false",
@@ -33,9 +34,10 @@ _OPTIONS = (
 
 @dataclass
 class Daemon:
-    """Its folder, and its process."""
+    """Its folder, its bridge, and its process."""
 
     folder: Path
+    bridge: str
     process: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -44,7 +46,7 @@ class Daemon:
 
     def start(self) -> None:
         paths = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
-        argv = ["dockerd", f"--host={self.host}", *_OPTIONS]
+        argv = ["dockerd", f"--host={self.host}", f"--bridge={self.bridge}", *_OPTIONS]
         argv += [f"--{option}={self.folder / name}" for option, name in paths.items()]
         if not shutil.which("dockerd"):
             pytest.skip("dockerd is not here")
@@ -85,10 +87,17 @@ def daemon(image: str, *, size: str = "") -> Iterator[Daemon]:
         pytest.skip("only root starts a Docker engine")
     # Not in pytest's folder: the path of a socket has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="glm", ignore_cleanup_errors=True) as name:
-        found = Daemon(Path(name))
+        found = Daemon(Path(name), f"glm{secrets.token_hex(3)}")
         data = found.folder / "data"
         data.mkdir()
         try:
+            # Without a bridge of its own it would take, or remove, that of the machine's engine.
+            for what in (
+                "link add {} type bridge",
+                f"address add 10.77.{random.randrange(64)}.1/24 dev {{}}",
+            ):
+                done = host.run(["ip", *what.format(found.bridge).split()])
+                assert done.status == 0, done
             if size:
                 host.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", data])
             found.start()
@@ -98,3 +107,4 @@ def daemon(image: str, *, size: str = "") -> Iterator[Daemon]:
             found.end(signal.SIGTERM)
             while host.run(["umount", data]).status == 0:
                 pass  # one mount for each time that it was killed, and one of ours
+            host.run(["ip", "link", "delete", found.bridge])

@@ -503,6 +503,16 @@ def test_log_of_a_server_that_says_much_is_bounded(deployment: Deployment, ledge
         row.found = "as expected"
 
 
+@pytest.mark.parametrize("deployment", ["--native"], indirect=True)
+def test_log_that_grows_is_noticed(
+    deployment: Deployment, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.edit", lambda *_: None)
+    check = test_log_of_a_server_that_says_much_is_bounded
+    with ledger.catching(check, "the bound is ten times as large", says=r"^\d+,\d+,\d+$"):
+        check(deployment, Ledger("negative"))
+
+
 def logs(deployment: Deployment) -> Path:
     """Return the folder of a server's log, where no other is."""
     if isinstance(deployment.runtime, Docker):

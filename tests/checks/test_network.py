@@ -499,3 +499,26 @@ def test_network_is_cut_in_mid_stream(far: Far, target: Target, ledger: Ledger) 
         far.there.cut(down=False)
         assert far.there.begin(lambda: said(far.server)).result() == said(far.here)
         row.found = "as expected"
+
+
+def test_listener_on_ipv6_is_noticed(
+    far: Far, server: Server, target: Target, ledger: Ledger, tmp_path: Path
+) -> None:
+    if not far.there.here6:
+        pytest.skip("this kernel has no IPv6")
+    check = test_published_server_is_where_it_was_asked_to_be_and_not_on_ipv6
+    where = ("::1", far.here.port or 0)
+    with (
+        socket.create_server(where, family=socket.AF_INET6),
+        ledger.catching(check, "somebody listens on ::1", says="::1"),
+    ):
+        check(far, server, target, Ledger("negative"), tmp_path)
+
+
+def test_link_that_is_not_cut_is_noticed(
+    far: Far, target: Target, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Outside, "cut", lambda *_, **__: None)
+    check = test_network_is_cut_in_mid_stream
+    with ledger.catching(check, "the link is not cut", says="whole"):
+        check(far, target, Ledger("negative"))
