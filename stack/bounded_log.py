@@ -38,6 +38,7 @@ def bound(log: Path, *, most_bytes: int, files: int) -> None:
 
 def main(log: str, most_bytes: str, files: str, pid: str) -> None:
     """Look at the log until its writer has ended."""
+    os.umask(0o077)
     writer = os.pidfd_open(int(pid))
     while not select.select([writer], [], [], EVERY_S)[0]:
         with contextlib.suppress(OSError):

@@ -19,9 +19,9 @@ HEAD = """\
 # Faults and hostile inputs
 
 Made by the checks themselves (`nox -s {sessions} -- --record`) from what they tried on servers of
-the tiny model, engine {engine}. *Row* is the fault's number in our list of faults; *inputs* counts
-what was sent or done, over all targets. A check fails when what it finds differs from what stands
-here, for the worse or for the better.
+the tiny model, engine {engine}. *Row* is the fault's number in our list of faults, if it has one;
+*inputs* counts what was sent or done, over all targets. A check fails when what it finds differs
+from what stands here, for the worse or for the better.
 
 Outcomes of hostile requests: HTTP statuses; `died`, the server did; `cut`, the connection alone
 did; `slow`, no answer after 5 s of the server's CPU time; `stuck`, nobody else was answered

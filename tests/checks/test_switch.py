@@ -34,6 +34,7 @@ from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 from tests import workspace
 from tests.checks.test_faults import INTERRUPTED, interrupt
+from tests.ledger import Ledger
 from tests.workspace import Deployment
 
 QUESTIONS = answers.question_set({"repeat": 2, "reverse": 2, "next": 2}, seed=7)
@@ -585,24 +586,24 @@ def test_sigterm_ends_a_server_with_0(pair: Pair) -> None:
         assert os.waitstatus_to_exitcode(status) == 0
 
 
-@pytest.mark.row(
-    "R3",
-    "switched again and again under load",
-    "no wrong answer; no container, process, port or file left",
-    inputs=20,
-)
-def test_many_switches_under_load_leave_nothing_behind(pair: Pair) -> None:
-    server, rounds = pair.ensure("tiny"), ROUNDS[pair.flag]
-    before = traces(pair)
-    with Asking(server) as asking:
-        for number in range(rounds):
-            quant = "exact" if number % 2 == 0 else "tiny"
-            subject.switch(pair.project, quant, same_port=True, drain_s=2)
+def test_many_switches_under_load_leave_nothing_behind(pair: Pair, ledger: Ledger) -> None:
+    server = pair.ensure("tiny")
+    expected = "no wrong answer; no container, process, port or file is left"
+    with ledger.trying(
+        "R3", "restarted again and again under load", expected=expected, target=pair.target
+    ) as row:
+        row.inputs = ROUNDS[pair.flag]
+        before = traces(pair)
+        with Asking(server) as asking:
+            for number in range(row.inputs):
+                quant = "exact" if number % 2 == 0 else "tiny"
+                subject.switch(pair.project, quant, same_port=True, drain_s=2)
 
-    assert asking.wrong == []
-    assert len(asking.right_at) > rounds
-    assert pair.serving().service.quant == "tiny"
-    assert traces(pair) == before
+        assert asking.wrong == []
+        assert len(asking.right_at) > row.inputs
+        assert pair.serving().service.quant == "tiny"
+        assert traces(pair) == before
+        row.found = "as expected"
 
 
 def traces(pair: Pair) -> dict[str, object]:
