@@ -242,3 +242,33 @@ def test_corrupt_record_is_a_new_beginning(scene: Scene, text: str) -> None:
     host.write_atomic(scene.project.state / "watch.json", text)
 
     assert [e.what for e in Watch(scene.project, [scene.service], Limits()).look()] == []
+
+
+def test_newest_diagnosis_is_kept_though_the_clock_was_set_back(
+    scene: Scene, engine: ScriptedEngine
+) -> None:
+    folder = scene.project.state / "watch"
+    folder.mkdir(parents=True)
+    for number in range(30):
+        (folder / f"2999010{number // 10}-00000{number % 10}-tiny.txt").touch()
+
+    engine.running = 1
+    scene.look()
+
+    assert Path(scene.look(later_s=61)[0].split()[-1]).exists()
+    assert len(list(folder.glob("*.txt"))) == 20
+
+
+def test_full_disk_keeps_no_server_from_being_restarted(
+    scene: Scene, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", path)
+
+    engine.running = 1
+    scene.look()
+    monkeypatch.setattr(host, "write_atomic", full)
+    watching = Watch(scene.project, [scene.service], Limits(stuck_s=0))
+
+    assert [event.what for event in watching.look()][1:] == ["serves again after 1.0 s"]
+    assert scene.restarted == 1
