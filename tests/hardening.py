@@ -162,6 +162,7 @@ Complaints = Iterator[str]
 
 
 def user(seen: Seen) -> Complaints:
+    """Neither user, group nor a further group is root."""
     for name in ("Uid", "Gid"):
         if "0" in seen.status[name].split():
             yield f"{name} {seen.status[name]}"
@@ -170,17 +171,20 @@ def user(seen: Seen) -> Complaints:
 
 
 def capabilities(seen: Seen) -> Complaints:
+    """No capability in any of the five sets."""
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         if int(seen.status[name], 16):
             yield f"{name} {seen.status[name]}"
 
 
 def privileges(seen: Seen) -> Complaints:
+    """NoNewPrivs: no setuid program could give it rights."""
     if seen.status["NoNewPrivs"] != "1":
         yield "it could gain privileges from a setuid program"
 
 
 def seccomp(seen: Seen) -> Complaints:
+    """Two filters of system calls, Docker's and its own, and its own keeps it from connecting."""
     if seen.status["Seccomp"] != "2":
         yield "no filter of system calls"
     # Docker's and that of docker/confine.c; kernels before 5.9 do not tell how many.
@@ -191,6 +195,7 @@ def seccomp(seen: Seen) -> Complaints:
 
 
 def mounts(seen: Seen) -> Complaints:
+    """Nothing but file systems of the kernel is mounted for writing."""
     for line in seen.look["mounts"]:
         fields = line.split()
         point, options, kind = fields[4], fields[5], fields[fields.index("-") + 1]
@@ -199,16 +204,19 @@ def mounts(seen: Seen) -> Complaints:
 
 
 def written(seen: Seen) -> Complaints:
+    """What can be written, by trying, is /tmp, /dev/shm and /dev/mqueue alone."""
     if seen.look["written"] != SCRATCH:
         yield f"it wrote to {seen.look['written']}"
 
 
 def executed(seen: Seen) -> Complaints:
+    """Nothing that it could write can be run, by trying."""
     if places := seen.look["executed"]:
         yield f"it ran a program of its own in {places}"
 
 
 def devices(seen: Seen) -> Complaints:
+    """The asked GPUs' device nodes and the usual ones, no other."""
     found = set(seen.look["devices"]) - DEVICES
     gpus = {name for name in found if re.fullmatch(r"nvidia\d+", name)}
     if len(gpus) != len(seen.service.gpus):
@@ -218,6 +226,7 @@ def devices(seen: Seen) -> Complaints:
 
 
 def sockets(seen: Seen) -> Complaints:
+    """No socket of a daemon in its files."""
     # The container toolkit mounts its own daemons' sockets for those who asked for a GPU.
     own = "/run/nvidia-" if seen.service.gpus else "none"
     if found := [path for path in seen.look["sockets"] if not path.startswith(own)]:
@@ -225,25 +234,28 @@ def sockets(seen: Seen) -> Complaints:
 
 
 def namespaces(seen: Seen) -> Complaints:
+    """Ipc, mnt, net, pid and uts are its own, none is the host's."""
     for name, link in zip(NAMESPACES, seen.look["namespaces"], strict=True):
         if link == str(Path(f"/proc/self/ns/{name}").readlink()):
             yield f"the host's own {name} namespace"
 
 
 def limits(seen: Seen) -> Complaints:
+    """Pids, memory, open files and core size are the configured ones."""
     for name, value in seen.configured.items():
         if seen.limits[name] != value:
             yield f"{name} is {seen.limits[name]}, {value} is configured"
 
 
 def setuid(seen: Seen) -> Complaints:
+    """No setuid or setgid file in the image."""
     for file in seen.files:
         if file.isfile() and file.mode & (stat.S_ISUID | stat.S_ISGID):
             yield f"{file.name} is setuid or setgid"
 
 
 def executables(seen: Seen) -> Complaints:
-    """Hold the programs in the image against the list; libraries cannot be run."""
+    """The programs in the image are those of docker/executables.txt, and no library can be run."""
     listed = set((ROOT / "docker" / "executables.txt").read_text().split())
     for name in sorted(listed ^ {f"/{file.name}" for file in seen.files if _program(file)}):
         yield f"{name} is {'missing' if name in listed else 'not in docker/executables.txt'}"

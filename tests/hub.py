@@ -105,11 +105,8 @@ class Hub:
             GLM_TINY_PORT=str(workspace.free_port()),
         )
         (folder / "models").mkdir()
-        compose = folder / "compose.yaml"
-        text = compose.read_text()
-        compose.unlink()  # a link to the tree's
         ours = f"repository: {REPOSITORY}\n    size_gb: 0.04\n    random: tiny"
-        compose.write_text(text.replace("random: tiny", ours))
+        workspace.change(folder, "compose.yaml", "random: tiny", ours)
         return folder
 
     def environment(self, folder: Path) -> dict[str, str]:

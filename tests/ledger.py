@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pytest
+
 from tests.workspace import ROOT
 
 RECORD = ROOT / "bench" / "results" / "faults.json"
@@ -27,6 +29,11 @@ Outcomes of hostile requests: HTTP statuses; `died`, the server did; `cut`, the 
 did; `slow`, no answer after 5 s of the server's CPU time; `stuck`, nobody else was answered
 meanwhile; `heavy`, it took over 2 GiB. Nothing of this kind is open to who has no key.
 """
+OWN = {
+    "hardening": "What the running container may do, read back from it",
+    "gateway": "What the gateway keeps from the server",
+}
+"""Sessions with a table of their own."""
 NOTICE = """\
 Each session of checks is run on something that is broken on purpose, and must fail.
 """
@@ -85,7 +92,7 @@ class Ledger:
         name = check.__name__.removeprefix("test_")
         try:
             yield
-        except (Exception, BaseExceptionGroup) as error:
+        except (Exception, BaseExceptionGroup, pytest.fail.Exception) as error:
             said = told(error)
             if not re.search(says, said):
                 raise
@@ -149,12 +156,18 @@ def page() -> str:
     off = [each for each in rows if each.why]
     sessions = " ".join(dict.fromkeys(each.session for each in rows))
     engine = json.loads(RECORD.read_text())["engine"]
+    holds = [each for each in rows if not each.why]
     parts = [
         HEAD.format(sessions=sessions, engine=engine),
         "## What does not hold\n",
         _table(off, why=True),
         "\n## What holds\n",
-        _table([each for each in rows if not each.why], why=False),
+        _table([each for each in holds if each.session not in OWN], why=False),
+    ]
+    for session, title in OWN.items():
+        if own := [each for each in holds if each.session == session]:
+            parts += [f"\n## {title}\n", _table(own, why=False)]
+    parts += [
         "\n## What the checks notice\n",
         NOTICE,
         _lines(
@@ -173,7 +186,9 @@ def _sentence(name: str) -> str:
 
 
 def _table(rows: Iterable[Row], *, why: bool) -> str:
-    head = ["Row", "Case", "Expected", "Found", "Inputs", *(["What is known"] if why else [])]
+    rows = list(rows)
+    numbered = any(each.row for each in rows)
+    head = ["Row"] * numbered + ["Case", "Expected", "Found", "Inputs"] + ["What is known"] * why
     lines = []
     cases: dict[tuple[str, str, str], list[Row]] = {}
     for each in rows:
@@ -182,8 +197,9 @@ def _table(rows: Iterable[Row], *, why: bool) -> str:
         found = {each.found for each in same}
         told = [f"{each.target}: {each.found}" for each in same]
         inputs = f"{sum(each.inputs for each in same):,}"
-        cells = [row, case, expected, found.pop() if len(found) == 1 else "; ".join(told), inputs]
-        lines.append([*cells, *(["; ".join(dict.fromkeys(e.why for e in same))] if why else [])])
+        cells = [case, expected, found.pop() if len(found) == 1 else "; ".join(told), inputs]
+        known = ["; ".join(dict.fromkeys(each.why for each in same))]
+        lines.append([row] * numbered + cells + known * why)
     return _lines(head, lines)
 
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Condition, Lock, Thread
 
+import httpx
+
 from bench import answers
 from stack import client
 from stack.server import Server
@@ -16,20 +18,43 @@ from stack.server import Server
 _TOKEN = re.compile(rb'"content":"[^"]')
 
 
+def same(content: bytes) -> bytes:
+    """Change nothing."""
+    return content
+
+
 @contextmanager
-def proxied(server: Server, change: Callable[[bytes], bytes]) -> Iterator[Server]:
-    """Put a proxy before a server that changes the body of each chat answer."""
+def proxied(
+    server: Server,
+    change: Callable[[bytes], bytes] = same,
+    *,
+    asked: Callable[[bytes], bytes] = same,
+    lost: bytes = b"",
+) -> Iterator[Server]:
+    """Put a proxy before a server, open to all, that changes the body of each chat answer.
+
+    `asked` changes the body of every request; `lost` is what it answers where the server breaks
+    off: nothing, or something made up.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            with client.session(server, timeout_s=answers.LIMIT_S) as session:
-                answer = session.post(self.path, content=body)
+            body = asked(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            try:
+                with client.session(server, timeout_s=answers.LIMIT_S) as session:
+                    answer = session.request(self.command, self.path, content=body)
+            except httpx.HTTPError:
+                self.reply(200, lost)
+                return
             chat = self.path.endswith("/chat/completions")
-            content = change(answer.content) if chat else answer.content
-            self.send_response(answer.status_code)
+            self.reply(answer.status_code, change(answer.content) if chat else answer.content)
+
+        do_GET = do_POST  # noqa: N815  # its base asks for that name
+
+        def reply(self, status: int, content: bytes) -> None:
+            self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

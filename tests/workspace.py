@@ -2,10 +2,12 @@
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -43,6 +45,34 @@ def make(folder: Path, **settings: str) -> Path:
     lines = [f"{name}={value}\n" for name, value in (defaults | settings).items()]
     (folder / ".env").write_text("".join(lines))
     return folder
+
+
+def change(folder: Path, path: str, old: str, new: str) -> None:
+    """Change the text of a file in such a folder; the tree's own stays as it is."""
+    top = folder / Path(path).parts[0]
+    if top.is_symlink():
+        own = top.resolve()
+        top.unlink()
+        if own.is_dir():
+            shutil.copytree(own, top, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(own, top)
+    text = (folder / path).read_text()
+    assert old in text, f"{path} has no {old!r}"
+    (folder / path).write_text(text.replace(old, new))
+
+
+@contextmanager
+def changed(folder: Path, path: str, old: str, new: str) -> Iterator[None]:
+    """Change a file in a linked folder of such a folder while the context lasts."""
+    top = folder / Path(path).parts[0]
+    own = top.readlink()
+    change(folder, path, old, new)
+    try:
+        yield
+    finally:
+        shutil.rmtree(top)
+        top.symlink_to(own)
 
 
 def invoke(

@@ -4,6 +4,7 @@ They start deployments of their own and leave the user's alone. What this machin
 skipped by name, with the reason.
 """
 
+import inspect
 import io
 import signal
 import tarfile
@@ -217,8 +218,9 @@ def server(request: pytest.FixtureRequest, target: Target, service: Service) -> 
 
 @pytest.fixture(scope="session")
 def recorded(server: Server, request: pytest.FixtureRequest) -> Mapping[str, Score]:
-    """How many answers of the served model are right by its record, which --record makes anew."""
-    if request.config.option.record:
+    """How many answers of the served model are right by its record; `answers` makes it anew."""
+    asks = any(item.path.name == "test_answers.py" for item in request.session.items)
+    if request.config.option.record and asks:  # of all the sessions that keep a record
         return answers.record(server, answers.record_set(server.service))
     found = answers.recorded(server.service)
     if not found:
@@ -248,6 +250,22 @@ def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     if request.config.option.record:
         pin = config.load(workspace.ROOT).engine
         kept.record(f"b{pin.build} ({pin.commit[:12]})")
+
+
+Notice = Callable[..., None]
+
+
+@pytest.fixture
+def notice(request: pytest.FixtureRequest, ledger: Ledger) -> Notice:
+    """Run a check with something broken for one of its fixtures: it must fail, and say so."""
+
+    def run(check: Callable[..., None], broken: str, *, says: str, **given: Any) -> None:
+        names = inspect.signature(check).parameters
+        values = {n: given[n] if n in given else request.getfixturevalue(n) for n in names}
+        with ledger.catching(check, broken, says=says):
+            check(**values)
+
+    return run
 
 
 _SERVERS: list[Server] = []

@@ -23,6 +23,7 @@ from stack import client, config, keys, runtime
 from stack.errors import StackError
 from stack.server import Server
 from tests import workspace
+from tests.checks.conftest import Notice
 from tests.proxy import dropper, proxied, swapper
 
 RECORD = json.loads((workspace.ROOT / "models" / "tiny.json").read_text())
@@ -329,9 +330,12 @@ def test_nothing_is_caught_where_nothing_is_wrong(trained: Server) -> None:
     ids=["rope-base", "template", "cache-type"],
 )
 @pytest.mark.usefixtures("native_tiny")
-def test_wrong_settings_are_caught(tmp_path: Path, wrong: dict[str, str]) -> None:
+def test_wrong_settings_are_caught(tmp_path: Path, notice: Notice, wrong: dict[str, str]) -> None:
+    broken = ", ".join(f"{name}={value}" for name, value in wrong.items())
     with served(tmp_path, wrong, file=EXACT) as server:
-        assert caught(server)
+        notice(
+            test_nothing_is_caught_where_nothing_is_wrong, broken, says="not True", trained=server
+        )
 
 
 def softmax(reader: gguf.GGUFReader) -> None:
@@ -365,7 +369,7 @@ def test_wrong_gating_is_caught_before_it_is_served(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [silence_an_expert, swap_two_words])
 @pytest.mark.usefixtures("native_tiny")
 def test_wrong_weights_are_caught(
-    tmp_path: Path, damage: Callable[[gguf.GGUFReader], None]
+    tmp_path: Path, notice: Notice, damage: Callable[[gguf.GGUFReader], None]
 ) -> None:
     file = tmp_path / EXACT.name
     shutil.copy(EXACT, file)
@@ -373,8 +377,11 @@ def test_wrong_weights_are_caught(
     folder = tmp_path / "deployment"
     folder.mkdir()
 
+    broken = damage.__name__.replace("_", " ")
     with served(folder, file=file) as server:
-        assert caught(server)
+        notice(
+            test_nothing_is_caught_where_nothing_is_wrong, broken, says="not True", trained=server
+        )
 
 
 def test_temperature_left_on_is_caught(trained: Server) -> None:
@@ -390,10 +397,15 @@ def test_temperature_left_on_is_caught(trained: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [swapper, lambda: dropper(200)], ids=["swaps-answers", "drops-words"]
+    ("make", "does"),
+    [(swapper, "swaps answers"), (lambda: dropper(200), "drops words")],
+    ids=["swaps-answers", "drops-words"],
 )
 def test_wrong_proxy_is_caught(
-    trained: Server, make: Callable[[], Callable[[bytes], bytes]]
+    trained: Server, notice: Notice, make: Callable[[], Callable[[bytes], bytes]], does: str
 ) -> None:
+    broken = f"a proxy that {does}"
     with proxied(trained, make()) as proxy:
-        assert caught(proxy)
+        notice(
+            test_nothing_is_caught_where_nothing_is_wrong, broken, says="not True", trained=proxy
+        )

@@ -9,6 +9,7 @@ import pytest
 from stack import host
 from tests import audit
 from tests.audit import NoDataError, Weakness
+from tests.ledger import Ledger
 from tests.workspace import ROOT
 
 WEAK = "requests==2.19.0\n"  # CVE-2018-18074
@@ -36,14 +37,18 @@ def weaknesses(requirements: Path) -> list[Weakness]:
         pytest.skip(f"PyPI's advisories cannot be had here: {error}")
 
 
-def test_a_weak_package_is_found(tmp_path: Path) -> None:
-    (tmp_path / "weak.txt").write_text(WEAK)
-
-    assert "requests" in {each.package for each in weaknesses(tmp_path / "weak.txt")}
-
-
 def test_python_packages_have_no_known_weakness(locked: Path) -> None:
     assert judged(weaknesses(locked)) == []
+
+
+def test_a_weak_package_is_noticed(tmp_path: Path, ledger: Ledger) -> None:
+    (tmp_path / "weak.txt").write_text(WEAK)
+    found = weaknesses(tmp_path / "weak.txt")
+
+    with ledger.catching(
+        test_python_packages_have_no_known_weakness, WEAK.strip(), says="requests"
+    ):
+        assert judged(found) == []
 
 
 def test_cuda_packages_have_no_known_weakness() -> None:
@@ -61,10 +66,22 @@ def test_debian_packages_in_the_image_are_the_newest(bill: str) -> None:
     assert judged(outdated(bill)) == []
 
 
-def test_an_old_debian_package_is_found(bill: str) -> None:
+def test_an_old_debian_package_is_noticed(bill: str, ledger: Ledger) -> None:
     old = json.loads(bill)
     for each in old["components"]:
         if each["name"] == "libc6":
             each["version"] = "2.41-1"
+    found = outdated(json.dumps(old))
 
-    assert "libc6" in {each.package for each in outdated(json.dumps(old))}
+    check = test_debian_packages_in_the_image_are_the_newest
+    with ledger.catching(check, "libc6 of last year", says="libc6"):
+        assert judged(found) == []
+
+
+def test_weakness_that_nobody_excepted_is_noticed(ledger: Ledger) -> None:
+    """Needs nobody's data: it is known."""
+    known = Weakness("CVE-2018-18074", "requests", "2.19.0")
+
+    check = test_python_packages_have_no_known_weakness
+    with ledger.catching(check, f"{known.id} in {WEAK.strip()}", says=known.id):
+        assert judged([known]) == []

@@ -7,12 +7,14 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cyclonedx.schema import SchemaVersion
@@ -27,7 +29,7 @@ from stack.host import Result, run
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import Target
+from tests.checks.conftest import Notice, Target
 
 Logged = tuple[Server, Path]
 
@@ -168,8 +170,15 @@ def test_bill_of_materials_is_valid_and_names_what_is_inside(
     assert ("nvidia-cublas" in named) == (service.backend == "cuda")
 
 
-def test_broken_bill_of_materials_is_invalid(bill: str) -> None:
-    assert invalid(bill.replace('"type":"application"', '"type":"appliance"'))
+def test_broken_bill_of_materials_is_noticed(bill: str, notice: Notice) -> None:
+    broken = bill.replace('"type":"application"', '"type":"appliance"')
+
+    notice(
+        test_bill_of_materials_is_valid_and_names_what_is_inside,
+        "a component of no known type",
+        says="appliance",
+        bill=broken,
+    )
 
 
 def test_provenance_is_of_the_image_that_was_built(
@@ -253,3 +262,88 @@ def _apart(log: str) -> int:
         elif found := re.search(r"id +(\d+) \| task \d+ \| stop processing", line):
             busy.discard(int(found[1]))
     return apart
+
+
+# --- What is broken, each of which a check above must notice.
+
+
+@pytest.mark.usefixtures("target")
+def test_pin_that_was_moved_is_noticed(notice: Notice, project: Project) -> None:
+    moved = replace(project.engine, build=project.engine.build + 1)
+
+    notice(
+        test_version_equals_the_pin,
+        "a pin of the next build",
+        says=f"build {moved.build}",
+        project=replace(project, engine=moved),
+    )
+
+
+def test_library_that_is_missing_is_noticed(
+    notice: Notice, engine: Runtime, service: Service, tmp_path: Path
+) -> None:
+    if engine.name != "native":
+        pytest.skip("shown on the native build")
+    built = Path(engine.program(service, PROGRAMS[0]))
+    for file in built.parent.iterdir():
+        if file.name != "libllama.so.0":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / built.name).unlink()
+    program = shutil.copy(built, tmp_path)
+    without = SimpleNamespace(program=lambda *_: program)
+
+    notice(
+        test_no_library_is_missing,
+        "a build without libllama",
+        says="libllama.so.0",
+        engine=without,
+        program=built.name,
+    )
+
+
+@pytest.mark.usefixtures("target")
+def test_setting_that_the_engine_does_not_know_is_noticed(notice: Notice, tmp_path: Path) -> None:
+    folder = workspace.make(tmp_path)
+    workspace.change(folder, "compose.yaml", 'ARG_UI: "0"', 'ARG_UI: "0"\n  LLAMA_ARG_U: "0"')
+
+    notice(
+        test_engine_knows_every_setting_of_compose,
+        "a setting LLAMA_ARG_U",
+        says="False",
+        project=config.load(folder),
+    )
+
+
+CHANGED = {
+    test_image_does_not_run_as_root: ("USER root", "'root' not in"),
+    test_labels_tell_the_build: ("LABEL glm.engine.build=1", "'1' == "),
+}
+
+
+@pytest.mark.parametrize("check", CHANGED, ids=lambda check: check.__name__)
+def test_image_of_other_settings_is_noticed(
+    notice: Notice, engine: Runtime, service: Service, check: Callable[..., None]
+) -> None:
+    docker, (changed, says) = image(engine), CHANGED[check]
+    name = f"{docker.project.name}-changed"
+    container = docker.client.containers.create(service.image)
+    try:
+        container.commit(name, "x", changes=[changed])
+    finally:
+        container.remove()
+    try:
+        other = replace(service, image=f"{name}:x")
+        notice(check, f"an image with {changed}", says=says, service=other)
+    finally:
+        docker.client.images.remove(f"{name}:x")
+
+
+def test_patches_taken_for_one_another_are_noticed(
+    notice: Notice, side_by_side: list[Logged]
+) -> None:
+    notice(
+        test_our_patches_change_no_answer_and_work,
+        "the engine without patches in the place of ours",
+        says="< 5",
+        side_by_side=side_by_side[::-1],
+    )

@@ -24,7 +24,7 @@ from stack.config import Project
 from stack.errors import Code
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import RUNTIMES, Target
+from tests.checks.conftest import RUNTIMES, Notice, Target
 
 HERE = Path(__file__).parent / "opencode"
 LIMIT_S = 120
@@ -113,14 +113,15 @@ def test_opencode_understands_every_word(printed: Path, packages: Path) -> None:
     assert understood == expected
 
 
-def test_opencode_refuses_a_wrong_one(printed: Path, packages: Path) -> None:
-    """What the test above would say of a configuration that OpenCode does not take."""
+def test_configuration_with_a_wrong_word_is_noticed(printed: Path, notice: Notice) -> None:
     printed.write_text(printed.read_text().replace('"output": ', '"output": "", "out": '))
 
-    done = opencode(packages, printed, "debug", "config")
-
-    assert done.status != 0
-    assert "limit.output" in done.stdout + done.stderr
+    notice(
+        test_opencode_understands_every_word,
+        "a configuration with a wrong word",
+        says="limit.output",
+        printed=printed,
+    )
 
 
 def test_opencode_gets_an_answer(printed: Path, packages: Path, server: Server) -> None:
@@ -314,6 +315,21 @@ def test_report_tells_the_fault_and_no_secret(own: tuple[Project, str], tmp_path
     assert (where == "docker") == bool(inspect.get("container", {}).get("Image"))
 
 
+def test_report_that_takes_nothing_out_is_noticed(own: tuple[Project, str], notice: Notice) -> None:
+    project, where = own
+    if where == "docker":
+        pytest.skip("shown natively")
+    start = '"""Return the text without them."""\n'
+    workspace.change(project.root, "stack/bundle.py", start, f"{start}        return text\n")
+
+    notice(
+        test_report_tells_the_fault_and_no_secret,
+        "a report that takes no key out",
+        says="canary",
+        own=own,
+    )
+
+
 def provoke(server: Server) -> None:
     """Send requests that the engine refuses with their own words in its log, and a good one."""
     refused = (
@@ -356,10 +372,8 @@ def test_clean_lists_then_removes_its_own(own: tuple[Project, str]) -> None:
     (cache / "theirs").unlink()
     host.own_folder(cache)
     (cache / "link").symlink_to(project.root / "stack")
-    compose = project.root / "compose.yaml"
-    text = compose.read_text()
-    compose.unlink()
-    compose.write_text(text.replace("image: glm-server:", f"image: {project.name}:"))
+    name = f"image: {project.name}:"
+    workspace.change(project.root, "compose.yaml", "image: glm-server:", name)
     image = config.load(project.root).service("tiny").image
     assert image == f"{project.name}:cpu"
     foreign = f"{project.name}-foreign:cpu"

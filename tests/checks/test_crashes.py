@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,9 @@ from stack.server import Server
 from stack.status import Looks
 from stack.wait import wait_until
 from tests import clients, workspace
-from tests.checks.conftest import Target
+from tests.checks.conftest import Notice, Target
 from tests.ledger import Ledger
+from tests.proxy import dropper, proxied
 from tests.vitals import Vitals
 
 CLIENTS = 4
@@ -147,6 +148,25 @@ def terminate(patient: Patient) -> float:
     return time.monotonic() - start
 
 
+FORGED = b"""data: {"choices": [{"finish_reason": "stop", "delta": {}}]}
+
+data: [DONE]
+
+"""
+
+
+def test_forged_end_is_noticed(patient: Patient, notice: Notice) -> None:
+    with proxied(patient.server, lost=FORGED) as proxy:
+        notice(
+            test_killed,
+            "a proxy that ends what a dead server began",
+            says="forged",
+            moment="in prefill",
+            patient=replace(patient, server=proxy),
+            ledger=Ledger("negative"),
+        )
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_200_clients_hang_up(patient: Patient, target: Target, ledger: Ledger, moment: str) -> None:
     expected = "slots idle within 5 s, other clients' answers right"
@@ -166,10 +186,8 @@ def test_out_of_memory_is_named(
     only_docker(engine, service)
     expected = "exit 40, which names the limit"
     with ledger.trying("L11", "host memory of 32 MiB", expected=expected, target=target) as row:
-        compose = workspace.make(tmp_path) / "compose.yaml"
-        text = compose.read_text().replace("mem_limit: 4g", "mem_limit: 32m")
-        compose.unlink()
-        compose.write_text(text)
+        workspace.make(tmp_path)
+        workspace.change(tmp_path, "compose.yaml", "mem_limit: 4g", "mem_limit: 32m")
         project = config.load(tmp_path, overrides={"GLM_TINY_PORT": ""})
         row.inputs = 1
         with pytest.raises(StackError, match="was killed by its memory limit") as caught:
@@ -262,3 +280,35 @@ def test_model_file_vanishes_while_it_serves(
         copied.engine.stop(copied.service)
         with pytest.raises(StackError, match=file.name):
             runtime.up(copied.engine, copied.project, copied.service)
+
+
+def test_model_that_answers_wrong_is_noticed(copied: Patient, notice: Notice) -> None:
+    with proxied(copied.server, dropper(5)) as proxy:
+        notice(
+            test_model_file_vanishes_while_it_serves,
+            "a proxy that leaves out words",
+            says="answers_right|False",
+            harm=delete,
+            copied=replace(copied, server=proxy),
+            ledger=Ledger("negative"),
+        )
+
+
+def test_memory_enough_is_noticed(
+    notice: Notice,
+    engine: Runtime,
+    service: Service,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only_docker(engine, service)
+    monkeypatch.setattr(workspace, "change", lambda *_: None)
+    try:
+        notice(
+            test_out_of_memory_is_named,
+            "a server with memory enough",
+            says="DID NOT RAISE",
+            ledger=Ledger("negative"),
+        )
+    finally:
+        Docker(config.load(tmp_path)).compose("down")

@@ -21,6 +21,7 @@ from stack.engine_log import allocation
 from stack.errors import Code, StackError
 from stack.wait import wait_until
 from tests import workspace
+from tests.checks.conftest import Notice
 from tests.daemon import Daemon
 from tests.ledger import Ledger
 from tests.workspace import Deployment, Started
@@ -395,11 +396,8 @@ def test_interrupted_stand_in_leaves_nothing(deployment: Deployment) -> None:
 def test_interrupted_build_leaves_the_old_engine(deployment: Deployment) -> None:
     deployment.set(GLM_ENGINE_SOURCE=engine.source(deployment.project))
     build = f":-{deployment.project.engine.build}}}"
-    compose = deployment.folder / "compose.yaml"
-    text = compose.read_text()
-    compose.unlink()
     other = str(10**6 + secrets.randbelow(10**6))  # one that no cache has
-    compose.write_text(text.replace(build, f":-{other}}}"))
+    workspace.change(deployment.folder, "compose.yaml", build, f":-{other}}}")
     (deployment.folder / ".cache").unlink()
     before = image_id(deployment)
     process = deployment.start("build", deployment.flag)
@@ -485,9 +483,8 @@ def test_log_of_a_server_that_says_much_is_bounded(deployment: Deployment, ledge
     expected = "three files of its bound, and what comes within a second; its end is there"
     target = deployment.target
     with ledger.trying("S9", "log of 8 times its bound", expected=expected, target=target) as row:
-        edit(
-            deployment.folder / "compose.yaml", "max-size: 10m", f"max-size: {LOG_BYTES // 10**6}m"
-        )
+        size = f"max-size: {LOG_BYTES // 10**6}m"
+        workspace.change(deployment.folder, "compose.yaml", "max-size: 10m", size)
         assert deployment.up().status == 0
         server = runtime.running(deployment.project, "tiny")
         parts, most, start = logs(deployment), 0, time.monotonic()
@@ -522,9 +519,40 @@ def logs(deployment: Deployment) -> Path:
     return deployment.project.state / "native"
 
 
-def edit(file: Path, old: str, new: str) -> None:
-    """Replace a linked file by a changed one."""
-    text = file.read_text()
-    assert old in text
-    file.unlink()
-    file.write_text(text.replace(old, new))
+# --- What is broken in the program, each of which a check above must notice.
+
+BROKEN: dict[str, tuple[Callable[..., None], dict[str, object], tuple[str, str, str], str]] = {
+    "errors that nobody catches": (
+        test_configured_key_that_is_missing,
+        {},
+        ("verbs/terminal.py", "except StackError as", "except ZeroDivisionError as"),
+        "Traceback",
+    ),
+    "errors that are told twice": (
+        test_publishing_without_a_key,
+        {},
+        ("verbs/terminal.py", "Exit(str(error), ", 'Exit(f"{error}\\n{error}", '),
+        "4 == 2",
+    ),
+    "a blind eye to taken ports": (
+        test_port_taken,
+        {"family": socket.AF_INET, "address": "127.0.0.1"},
+        ("stack/runtime.py", "holder := port_conflict(", "holder := bool("),
+        "status=",
+    ),
+    "a lock that nobody holds": (
+        test_up_while_another_operation_is_at_work,
+        {},
+        ("stack/host.py", '_held(file, f"invoke {verb}", "operation")', "contextlib.nullcontext()"),
+        "status=0",
+    ),
+}
+
+
+@pytest.mark.parametrize("deployment", ["--native"], indirect=True)
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_program_is_noticed(deployment: Deployment, notice: Notice, broken: str) -> None:
+    check, given, (path, old, new), says = BROKEN[broken]
+    workspace.change(deployment.folder, path, old, new)
+
+    notice(check, broken, says=says, deployment=deployment, **given)

@@ -36,6 +36,7 @@ from stack.config import Project
 from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
+from tests.ledger import Ledger
 
 QUEUE = 4
 SLOTS = 4
@@ -380,18 +381,26 @@ PROMISES: dict[Callable[[Fronted], None], tuple[str, Callable[[socket.socket], N
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda each: each.__name__)
-def test_gateway(front: Front, promise: Callable[[Fronted], None]) -> None:
+def test_gateway(front: Front, ledger: Ledger, promise: Callable[[Fronted], None]) -> None:
     _, answer, rate = PROMISES[promise]
-    with front(answer, rate=rate) as fronted:
+    name = promise.__name__.replace("_", " ")
+    with (
+        ledger.trying("", f"it {name}", expected="as it says", target="docker") as row,
+        front(answer, rate=rate) as fronted,
+    ):
+        row.inputs = 1
         promise(fronted)
+        row.found = "as expected"
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda each: each.__name__)
-def test_check_fails_without_the_rule(front: Front, promise: Callable[[Fronted], None]) -> None:
+def test_check_fails_without_the_rule(
+    front: Front, ledger: Ledger, promise: Callable[[Fronted], None]
+) -> None:
     rule, answer, rate = PROMISES[promise]
     with (
         front(answer, rate=rate, without=rule) as fronted,
-        pytest.raises((AssertionError, OSError)),
+        ledger.catching(promise, f"haproxy.cfg without: {rule}", says="assert|timed out|reset"),
     ):
         promise(fronted)
 
@@ -806,7 +815,7 @@ def test_it_adds_less_than_a_millisecond_to_a_stream(
 
 
 @pytest.mark.usefixtures("docker")
-def test_measurement_finds_a_gateway_that_holds_events_back(tmp_path: Path) -> None:
+def test_measurement_finds_a_gateway_that_holds_events_back(tmp_path: Path, ledger: Ledger) -> None:
     slow = tmp_path / "haproxy.cfg"
     limit = "    filter bwlim-out slow default-limit 8k default-period 1s\n"
     limit += "    http-response set-bandwidth-limit slow\n"
@@ -817,4 +826,6 @@ def test_measurement_finds_a_gateway_that_holds_events_back(tmp_path: Path) -> N
         streams=2, rounds=1, duration_s=1, precedence=False, configuration=slow
     )
 
-    assert bench.adds_too_much(direct, through)
+    check = test_it_adds_less_than_a_millisecond_to_a_stream
+    with ledger.catching(check, "a gateway with a limit of bandwidth", says="is None"):
+        assert bench.adds_too_much(direct, through) is None

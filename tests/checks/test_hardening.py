@@ -24,7 +24,9 @@ from stack.host import run
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
+from tests.checks.conftest import Target
 from tests.hardening import CHECKS, Insecure, Seen, see
+from tests.ledger import Ledger
 from tests.outside import PORT, Outside, outside
 from tests.workspace import ROOT
 
@@ -96,8 +98,12 @@ def seen(engine: Runtime, server: Server, container: Container) -> Seen:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_server_holds(seen: Seen, check: str) -> None:
-    assert list(CHECKS[check](seen)) == []
+def test_server_holds(seen: Seen, target: Target, ledger: Ledger, check: str) -> None:
+    expected = (CHECKS[check].__doc__ or "").rstrip(".")
+    with ledger.trying("", check, expected=expected, target=target) as row:
+        row.inputs = 1
+        assert list(CHECKS[check](seen)) == []
+        row.found = "as expected"
 
 
 @pytest.fixture
@@ -136,13 +142,19 @@ def setuid(name: str) -> bytes:
 
 @pytest.mark.parametrize("twin", INSECURE, indirect=True)
 def test_insecure_twin_does_not(
-    twin: tuple[Insecure, Container], engine: Runtime, service: Service
+    twin: tuple[Insecure, Container],
+    engine: Runtime,
+    service: Service,
+    ledger: Ledger,
+    request: pytest.FixtureRequest,
 ) -> None:
     insecure, container = twin
     found = see(in_docker(engine), service, container)
 
-    failing = {name for name, check in CHECKS.items() if list(check(found))}
-    assert failing >= set(insecure.fails)
+    for name in insecure.fails:
+        broken = f"a container: {request.node.callspec.params['twin']}"
+        with ledger.catching(CHECKS[name], broken, says=r" == \[\]"):
+            assert list(CHECKS[name](found)) == []
 
 
 def test_every_check_has_a_twin_that_fails_it() -> None:
@@ -175,15 +187,23 @@ def calls(there: Outside, *confined: Path) -> dict[str, str]:
     return ways
 
 
-def test_no_way_out_passes_the_servers_filter(confine: Path, world: Outside) -> None:
-    ways = calls(world, confine)
+def test_no_way_out_passes_the_servers_filter(
+    confine: Path, world: Outside, target: Target, ledger: Ledger
+) -> None:
+    expected = "each is refused by its own filter of system calls"
+    with ledger.trying("", "ways to open a connection", expected=expected, target=target) as row:
+        ways = calls(world, confine)
+        row.inputs, row.found = len(ways), "as expected"
+        assert set(ways.values()) == DENIED, ways
 
-    assert set(ways.values()) == DENIED, ways
 
-
-def test_ways_out_are_open_without_the_filter(world: Outside) -> None:
+def test_ways_out_are_open_without_the_filter(world: Outside, ledger: Ledger) -> None:
     ways = calls(world)
 
+    with ledger.catching(
+        test_no_way_out_passes_the_servers_filter, "no filter", says="'tcp': 'ok'"
+    ):
+        assert set(ways.values()) == DENIED, ways
     assert (ways["tcp"], ways["udp"], ways["fast-open"]) == ("ok", "ok", "ok")
     assert ways["unix"] == "ok"
     assert not DENIED & set(ways.values()), ways
@@ -196,36 +216,63 @@ def reaches(docker: Docker, service: Service, there: Outside) -> bool:
 
 
 def test_network_of_the_server_has_no_way_out(
-    engine: Runtime, server: Server, world: Outside
+    engine: Runtime, server: Server, world: Outside, target: Target, ledger: Ledger
 ) -> None:
-    assert not reaches(in_docker(engine), server.service, world)
+    expected = "it gets no answer from a host beyond"
+    with ledger.trying("", "a neighbour with no filter", expected=expected, target=target) as row:
+        row.inputs = 1
+        assert not reaches(in_docker(engine), server.service, world)
+        row.found = "as expected"
 
 
-def test_an_ordinary_network_has_one(engine: Runtime, service: Service, world: Outside) -> None:
+def test_an_ordinary_network_has_one(
+    engine: Runtime, service: Service, world: Outside, ledger: Ledger
+) -> None:
     docker = in_docker(engine)
     other = Docker(replace(docker.project, name=f"{docker.project.name}-open"))
     network = docker.client.networks.create(f"{other.project.name}_default")
+    check = test_network_of_the_server_has_no_way_out
     try:
-        assert reaches(other, service, world)
+        with ledger.catching(check, "an ordinary network", says="not True"):
+            assert not reaches(other, service, world)
     finally:
         network.remove()
 
 
 def test_server_published_on_a_network_answers_its_hosts(
-    engine: Runtime, runnable: Service, world: Outside, tmp_path: Path
+    engine: Runtime,
+    runnable: Service,
+    world: Outside,
+    tmp_path: Path,
+    *,
+    target: Target,
+    ledger: Ledger,
 ) -> None:
     in_docker(engine)
     folder = workspace.make(tmp_path, GLM_BIND=world.here)
     project = config.load(folder, overrides={f"GLM_{runnable.quant.upper()}_PORT": ""})
     service = project.service(runnable.quant)
     keys.make(service)
-    with runtime.serving(Docker(project), project, service) as up:
+    expected = "they get 200 with the key, 401 with another"
+    with (
+        ledger.trying(
+            "", "hosts of the network of GLM_BIND", expected=expected, target=target
+        ) as row,
+        runtime.serving(Docker(project), project, service) as up,
+    ):
+        row.inputs = 2
         url = f"{up.server.url}/v1/models"
         assert world.fetch(url, key=up.server.key) == "200"
         assert world.fetch(url, key="wrong") == "401"
+        row.found = "as expected"
 
 
-def test_server_published_on_loopback_does_not(server: Server, world: Outside) -> None:
+def test_server_published_on_loopback_does_not(
+    server: Server, world: Outside, target: Target, ledger: Ledger
+) -> None:
     port = urlsplit(server.url).port
-
-    assert world.fetch(f"http://{world.here}:{port}/health", key="") == ""
+    expected = "a host of another network does not reach it"
+    with ledger.trying("", "published on loopback", expected=expected, target=target) as row:
+        row.inputs = 1
+        assert world.fetch(f"http://{world.here}:{port}/health", key="") == ""
+        row.found = "as expected"

@@ -1,8 +1,12 @@
 """The server that came up is the one that is configured, and it works."""
 
+import itertools
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,8 @@ from stack.config import Service
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
+from tests.checks.conftest import Notice
+from tests.proxy import dropper, proxied
 
 TRIES = 5
 """The best of them counts, since this machine may have other things to do."""
@@ -146,3 +152,87 @@ def test_one_client_is_served_fast(server: Server, tell: Callable[[str], None]) 
     )
     assert min(waits) <= FIRST_TOKEN_MS
     assert max(rates) >= TOKENS_S
+
+
+# --- What is broken, each of which a check above must notice.
+
+
+@pytest.fixture(scope="module")
+def another(
+    engine: Runtime, runnable: Service, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server of other settings than the service that it is taken for."""
+    if runnable.quant != "tiny":
+        pytest.skip("shown with the tiny model")
+    settings = {"GLM_TINY_FILE": "tiny-f16.gguf", "GLM_TINY_SLOTS": "2"}
+    folder = workspace.make(tmp_path_factory.mktemp("another"), **settings)
+    workspace.change(folder, "compose.yaml", "ALIAS: glm-4.7-flash-tiny", "ALIAS: other")
+    workspace.change(folder, "compose.yaml", 'CTX_SIZE: "8192"', 'CTX_SIZE: "4096"')
+    project = config.load(folder, overrides={"GLM_TINY_PORT": ""})
+    service = project.service("tiny")
+    keys.make(service)
+    with runtime.serving(runtime.choose(project, want=engine.name), project, service) as up:
+        yield replace(up.server, service=replace(runnable, gpus=("0",)))
+
+
+SETTINGS: dict[Callable[[Server], None], tuple[str, str]] = {
+    test_serves_the_configured_model: ("another name", "'other' == 'glm-4.7-flash-tiny'"),
+    test_serves_the_configured_file: ("another file", "'tiny-f16.gguf' == 'tiny.gguf'"),
+    test_has_the_configured_context_in_each_slot: ("half the context", "4096 == 8192"),
+    test_has_the_configured_slots: ("half the slots", "2 == 4"),
+    test_runs_on_the_intended_device: ("the CPU for a GPU", "False == True"),
+}
+
+
+@pytest.mark.parametrize("check", SETTINGS, ids=lambda check: check.__name__)
+def test_other_settings_are_noticed(
+    another: Server, notice: Notice, check: Callable[[Server], None]
+) -> None:
+    broken, says = SETTINGS[check]
+
+    notice(check, f"a server with {broken}", says=says, server=another)
+
+
+def seeds(*each: int) -> Callable[[bytes], bytes]:
+    """Make requests ask for these seeds in turn, whatever they say."""
+    turn = itertools.cycle(each)
+    return lambda body: json.dumps({**json.loads(body), "seed": next(turn)}).encode()
+
+
+def late(body: bytes) -> bytes:
+    time.sleep(2 * FIRST_TOKEN_MS / 1000)
+    return body
+
+
+PROXIES: dict[Callable[..., None], tuple[str, dict[str, Any], str]] = {
+    test_same_seed_gives_same_text: ("another seed each time", {"asked": seeds(1, 2)}, "assert '"),
+    test_another_seed_gives_another_text: ("one seed for all", {"asked": seeds(1)}, "assert '"),
+    test_fixed_questions_are_answered_right: (
+        "every tenth word left out",
+        {"change": dropper(10)},
+        r"== \[\]",
+    ),
+    test_same_answers_after_a_restart: (
+        "answers of before with words left out",
+        {"change": dropper(10)},
+        "At index",
+    ),
+    test_native_says_what_docker_says: (
+        "native answers with words left out",
+        {"change": dropper(10)},
+        "At index",
+    ),
+    test_one_client_is_served_fast: ("a delay before each request", {"asked": late}, "<= 50"),
+}
+
+
+@pytest.mark.parametrize("check", PROXIES, ids=lambda check: check.__name__)
+def test_what_a_proxy_breaks_is_noticed(
+    server: Server, notice: Notice, check: Callable[..., None]
+) -> None:
+    if server.runtime != "native":
+        pytest.skip("the proxy stands before the native server")
+    broken, changes, says = PROXIES[check]
+
+    with proxied(server, **changes) as proxy:
+        notice(check, f"a proxy: {broken}", says=says, server=proxy, tell=str)

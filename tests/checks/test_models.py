@@ -28,6 +28,7 @@ from stack.errors import Code
 from stack.native import Native
 from stack.wait import wait_until
 from tests import workspace
+from tests.checks.conftest import Notice
 from tests.hub import ALWAYS, CDN, Fault, Hub
 from tests.workspace import Started
 
@@ -648,3 +649,19 @@ def test_killed_while_it_hashes_a_file_that_changed(deployment: Deployment) -> N
         return process.returncode
 
     at_each_moment(kill)
+
+
+def test_file_that_nobody_verifies_is_noticed(deployment: Deployment, notice: Notice) -> None:
+    old, new = (
+        'if copy.state != "verified":\n            raise',
+        'if copy.state == "none":\n            raise',
+    )
+    workspace.change(deployment.folder, "stack/integrity.py", old, new)
+
+    notice(
+        test_flipped_bit_is_found,
+        "an `up` that takes any file",
+        says="status=0",
+        kept_mtime=False,
+        deployment=deployment,
+    )

@@ -8,7 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,10 @@ from stack.runtime import Runtime
 from stack.server import Server
 from stack.wait import wait_until
 from tests import clients, workspace
-from tests.checks.conftest import Target
+from tests.checks.conftest import Notice, Target
 from tests.ledger import Ledger
 from tests.outside import Outside, outside
+from tests.proxy import dropper, proxied
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 PROMPT = {"prompt": "hi", "n_predict": 1, "max_tokens": 1}
@@ -117,18 +118,31 @@ def test_key_in_the_address_opens_nothing(server: Server) -> None:
     assert raw(server, "Accept: */*", f"/v1/models?api_key={server.key}")[0] == "401"
 
 
+STRANGER = "401 in few words, as for any stranger"
+NO_REQUEST = "it is no HTTP, so nobody, the gateway neither, comes to look at the key"
+
+
 @pytest.mark.parametrize("end", ["\n", "\n ", "\0", "\r"], ids=repr)
-def test_key_with_a_line_break_is_no_request(server: Server, end: str) -> None:
-    status, told = raw(server, f"Authorization: Bearer {server.key}{end}")
+def test_key_with_a_line_break_is_no_request(
+    server: Server, target: Target, ledger: Ledger, end: str
+) -> None:
+    case = f"key with {end!r} after it"
+    with ledger.trying("R9", case, expected=STRANGER, target=target) as row:
+        row.inputs = 1
+        status, told = raw(server, f"Authorization: Bearer {server.key}{end}")
+        row.found, row.why = status, NO_REQUEST
+        assert status == "400"
+        assert len(told) < 100  # the gateway has words for it, the server none
 
-    assert status == "400"
-    assert len(told) < 100  # the gateway has words for it, the server none
 
-
-def test_key_longer_than_a_header_may_be_is_no_request(server: Server) -> None:
-    status, _ = raw(server, f"Authorization: Bearer {'a' * 65000}")
-
-    assert status == "400"
+def test_key_longer_than_a_header_may_be_is_no_request(
+    server: Server, target: Target, ledger: Ledger
+) -> None:
+    with ledger.trying("R9", "key of 65,000", expected=STRANGER, target=target) as row:
+        row.inputs = 1
+        row.found, _ = raw(server, f"Authorization: Bearer {'a' * 65000}")
+        row.why = NO_REQUEST
+        assert row.found == "400"
 
 
 @pytest.mark.parametrize(
@@ -208,15 +222,14 @@ def test_key_shows_nowhere(server: Server, project: Project, engine: Runtime) ->
     assert showing(server, project, engine, server.key) == []
 
 
-def test_key_on_a_command_line_would_show(
-    server: Server, project: Project, engine: Runtime
-) -> None:
+def test_key_on_a_command_line_is_noticed(server: Server, notice: Notice) -> None:
     key = secrets.token_hex(32)
     with subprocess.Popen(["sh", "-c", "sleep 60; exit", key]) as process:
-        found = showing(server, project, engine, key)
-        process.kill()
-
-    assert found == [f"/proc/{process.pid}/cmdline"]
+        try:
+            shown, other = "the key on a command line", replace(server, key=key)
+            notice(test_key_shows_nowhere, shown, says="/cmdline'\\] ==", server=other)
+        finally:
+            process.kill()
 
 
 def opened(server: Server, *given: str) -> list[bool]:
@@ -499,6 +512,101 @@ def test_network_is_cut_in_mid_stream(far: Far, target: Target, ledger: Ledger) 
         far.there.cut(down=False)
         assert far.there.begin(lambda: said(far.server)).result() == said(far.here)
         row.found = "as expected"
+
+
+# --- What is broken, each of which a check above must notice.
+
+
+@pytest.fixture(scope="module")
+def showing_more(
+    engine: Runtime, runnable: Service, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server of the tiny model that shows what it can."""
+    if engine.name != "native" or runnable.quant != "tiny":
+        pytest.skip("shown with the tiny model, natively")
+    folder = workspace.make(tmp_path_factory.mktemp("open"))
+    slots, origins = 'ENDPOINT_SLOTS: "0"', "CORS_ORIGINS: localhost"
+    more = f'{slots.replace("0", "1")}\n  LLAMA_ARG_ENDPOINT_PROPS: "1"'
+    workspace.change(folder, "compose.yaml", slots, more)
+    workspace.change(folder, "compose.yaml", origins, 'CORS_ORIGINS: "*"')
+    project = config.load(folder, overrides={"GLM_TINY_PORT": ""})
+    service = project.service("tiny")
+    keys.make(service)
+    with runtime.serving(runtime.native(project), project, service) as up:
+        yield up.server
+
+
+SHOWS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
+    "shows its slots": (test_unasked_routes_are_off, {"method": "GET", "path": "/slots"}, "200 in"),
+    "takes other settings": (
+        test_unasked_routes_are_off,
+        {"method": "POST", "path": "/props"},
+        "200 in",
+    ),
+    "answers every page": (
+        test_page_of_another_origin_may_not_read_answers,
+        {"method": "GET", "origin": FOREIGN[0]},
+        "not in",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", SHOWS)
+def test_server_that_shows_more_is_noticed(
+    showing_more: Server, notice: Notice, wrong: str
+) -> None:
+    check, given, says = SHOWS[wrong]
+
+    notice(check, f"a server that {wrong}", says=says, server=showing_more, **given)
+
+
+LETS_IN: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
+    "no key": (test_nothing_else_opens, {"path": "/v1/models", "key": ""}, "200 == "),
+    "a wrong key": (test_nothing_else_opens, {"path": "/v1/models", "key": "wrong"}, "200 == "),
+    "a key in the address": (test_key_in_the_address_opens_nothing, {}, "'200' == '401'"),
+    "strangers": (
+        test_strangers_are_told_the_same_in_few_words,
+        {"header": STRANGERS["empty"]},
+        "'200' == '401'",
+    ),
+}
+
+
+@pytest.mark.parametrize("who", LETS_IN)
+def test_proxy_that_lets_everybody_in_is_noticed(server: Server, notice: Notice, who: str) -> None:
+    if server.runtime == "docker":
+        pytest.skip("the proxy stands before the native server")
+    check, given, says = LETS_IN[who]
+
+    with proxied(server) as proxy:
+        notice(check, f"a proxy that lets in {who}", says=says, server=proxy, **given)
+
+
+def test_answers_that_differ_by_address_are_noticed(server: Server, notice: Notice) -> None:
+    if server.runtime == "docker":
+        pytest.skip("the proxy stands before the native server")
+    check = test_published_server_says_there_what_one_on_loopback_says
+    with proxied(server, dropper(3)) as proxy:
+        notice(check, "a proxy that leaves out words", says="At index", server=proxy)
+
+
+def test_another_address_is_noticed(published: Server, server: Server, notice: Notice) -> None:
+    """A server published on the host's address, taken for one of loopback alone."""
+    address = published.service.bind
+    loopback = {"server": server, "port": published.port, "address": address}
+
+    notice(
+        test_loopback_server_refuses_the_hosts_address,
+        "a server on the host's address",
+        says="not True",
+        **loopback,
+    )
+    notice(
+        test_listens_on_the_asked_address_alone,
+        "a server on the host's address",
+        says=address,
+        **loopback,
+    )
 
 
 def test_listener_on_ipv6_is_noticed(

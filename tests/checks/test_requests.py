@@ -3,6 +3,7 @@
 What the pinned engine does not hold is recorded by name, in `tests/hostile.py` or here.
 """
 
+import os
 import signal
 import socket
 import statistics
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,7 +28,7 @@ from stack.runtime import Runtime
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 from tests import hostile, workspace
-from tests.checks.conftest import Target
+from tests.checks.conftest import Notice, Target
 from tests.hostile import Hostile
 from tests.ledger import Ledger
 from tests.vitals import Vitals
@@ -177,6 +178,51 @@ def test_hostile_request(ward: Ward, target: Target, ledger: Ledger, case: Hosti
         assert row.found == case.found, "another outcome than recorded in tests/hostile.py"
 
 
+def case(name: str) -> Hostile:
+    return next(each for each in hostile.CASES if each.name == name)
+
+
+def test_other_outcome_is_noticed(ward: Ward, notice: Notice) -> None:
+    other = replace(case("NUL between brackets"), found="400", why="")
+
+    notice(
+        test_hostile_request,
+        "a record of 400 for what is answered 500",
+        says="another outcome",
+        case=other,
+        ledger=Ledger("negative"),
+        ward=ward,
+    )
+
+
+def test_server_that_dies_is_noticed(ward: Ward, notice: Notice) -> None:
+    """Killed while it reads a harmless body."""
+    harmless = case("body of 99 MB in an unknown field")
+    (process,) = ward.well().processes
+    with suppress(ProcessLookupError), ThreadPoolExecutor(1) as pool:
+        pool.submit(kill_at_work, process)
+        notice(
+            test_hostile_request,
+            "a server that is killed meanwhile",
+            says="another outcome",
+            case=harmless,
+            ledger=Ledger("negative"),
+            ward=ward,
+        )
+
+
+def kill_at_work(process: Process) -> None:
+    """Kill a server once it spends time on a request."""
+    begun = cpu_s(process)
+    wait_until(
+        lambda: cpu_s(process) > begun + 0.05 or None,
+        timeout_s=WALL_S,
+        interval_s=0.002,
+        what="no work",
+    )
+    os.kill(process.pid, signal.SIGKILL)
+
+
 LENGTHS = ("the context exactly", "one token less", "one token more", "ten times the context")
 
 
@@ -191,10 +237,7 @@ def narrow(
     if target.runtime == "attached" or service.quant != "tiny":
         pytest.skip("shown with the tiny model")
     folder = workspace.make(tmp_path_factory.mktemp("narrow"))
-    compose = folder / "compose.yaml"
-    text = compose.read_text().replace('CTX_SIZE: "8192"', f'CTX_SIZE: "{NARROW}"')
-    compose.unlink()
-    compose.write_text(text)
+    workspace.change(folder, "compose.yaml", 'CTX_SIZE: "8192"', f'CTX_SIZE: "{NARROW}"')
     project = config.load(folder, overrides={"GLM_TINY_PORT": ""})
     engine = runtime.choose(project, want=request.getfixturevalue("engine").name)
     with runtime.serving(engine, project, project.service("tiny")) as up:
@@ -261,3 +304,18 @@ def test_shared_cache_that_runs_out(narrow: Server, target: Target, ledger: Ledg
         assert statuses.count(500) > 1
         assert set(statuses) <= {200, 500}
         assert answers_others(narrow)
+
+
+def test_other_context_is_noticed(
+    narrow: Server, notice: Notice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.checks.test_requests.NARROW", NARROW // 2)
+
+    notice(
+        test_prompt_as_long_as,
+        "a server of twice the context",
+        says="200, 400|stop_type|error",
+        length="one token more",
+        narrow=narrow,
+        ledger=Ledger("negative"),
+    )

@@ -33,6 +33,7 @@ from stack.errors import Code, StackError
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 from tests import workspace
+from tests.checks.conftest import Notice
 from tests.checks.test_faults import INTERRUPTED, interrupt
 from tests.ledger import Ledger
 from tests.workspace import Deployment
@@ -229,13 +230,15 @@ class Answer(threading.Thread):
 
 
 def test_a_running_answer_is_waited_for(pair: Pair) -> None:
-    answer = Answer(pair.ensure("tiny"), 1500)
+    answer = Answer(pair.ensure("tiny"), 4000)
 
     done = pair.switch("exact", "--json")
 
     assert done.status == 0, done
     assert answer.whole()
-    assert json.loads(done.stdout)[0]["switch"]["cut"] == 0
+    told = json.loads(done.stdout)[0]["switch"]
+    assert told["cut"] == 0
+    assert told["seconds"]["drain"] > 0.05  # or it had ended before
 
 
 def test_an_answer_that_outlasts_the_budget_is_cut_and_told(pair: Pair) -> None:
@@ -643,3 +646,29 @@ def test_old_one_comes_back_with_what_was_chosen_for_it_and_its_file(pair: Pair)
     says = client.props(pair.serving())
     assert says["total_slots"] == 3
     assert says["model_path"].endswith("/tiny-f16.gguf")
+
+
+# --- What is broken in the program, each of which a check above must notice.
+
+BROKEN: dict[str, tuple[Callable[..., None], dict[str, object], tuple[str, str], str]] = {
+    "a switch that waits for no answer": (
+        test_a_running_answer_is_waited_for,
+        {},
+        ("timeout_s=budget_s", "timeout_s=0"),
+        r"whole\(\)|False",
+    ),
+    "a switch that brings nothing back": (
+        test_what_fails_later_brings_the_old_one_back,
+        {"flaw": CRASHES, "told": "invalid device"},
+        ("_, record.gap_s = _launch(old, stopped)", "record.gap_s = 0.0"),
+        "not enough values",
+    ),
+}
+
+
+@pytest.mark.parametrize("pair", ["--native"], indirect=True)
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_switch_is_noticed(pair: Pair, notice: Notice, broken: str) -> None:
+    check, given, (old, new), says = BROKEN[broken]
+    with workspace.changed(pair.folder, "stack/switch.py", old, new):
+        notice(check, broken, says=says, pair=pair, **given)

@@ -15,6 +15,7 @@ from stack.compose import NoEngineError
 from stack.errors import Code
 from stack.wait import wait_until
 from tests import workspace
+from tests.checks.conftest import Notice
 from tests.checks.test_faults import INTERRUPTED, assert_refused
 from tests.workspace import Deployment
 
@@ -67,11 +68,9 @@ def tuning(
     port = str(workspace.free_port())
     settings = {"GLM_MODELS": str(models), "GLM_TINY_THREADS": "1"}  # so that fewer are tried
     folder = workspace.make(root, GLM_TINY_PORT=port, **settings)
-    compose = (folder / "compose.yaml").read_text()
-    (folder / "compose.yaml").unlink()
     alias = "      LLAMA_ARG_ALIAS: glm-4.7-flash-tiny\n"
-    preloaded = f"      LD_PRELOAD: {INSIDE}/faults.so\n"
-    (folder / "compose.yaml").write_text(compose.replace(alias, alias + preloaded))
+    preloaded = f"{alias}      LD_PRELOAD: {INSIDE}/faults.so\n"
+    workspace.change(folder, "compose.yaml", alias, preloaded)
     tuning = Tuning(folder, request.param)
     try:
         chosen = tuning.runtime
@@ -211,3 +210,15 @@ def test_a_profile_of_another_engine_is_passed_over(tuning: Tuning, tuned: host.
 )
 def test_bad_input_is_refused(tuning: Tuning, arguments: list[str], words: str) -> None:
     assert_refused(tuning.tune(*arguments), Code.USAGE, words)
+
+
+@pytest.mark.parametrize("tuning", ["--native"], indirect=True)
+def test_tune_that_disturbs_what_serves_is_noticed(tuning: Tuning, notice: Notice) -> None:
+    guard = "if ours and not replace_running:"
+    with workspace.changed(tuning.folder, "bench/tune.py", guard, "if False:"):
+        notice(
+            test_what_serves_is_not_disturbed_unless_asked_to_and_comes_back,
+            "a tune that replaces what serves unasked",
+            says="status=0",
+            tuning=tuning,
+        )

@@ -22,6 +22,7 @@ from stack.config import Project
 from stack.errors import Code
 from stack.wait import wait_until
 from tests import workspace
+from tests.checks.conftest import Notice
 
 SAMPLED = "                id = common_sampler_sample(slot.smpl.get(), slot.ctx_tgt, tok_idx);\n"
 SERVER = Path("tools") / "server" / "server-context.cpp"
@@ -109,11 +110,7 @@ def deployment(
     built = Path(native.program(tiny, "llama-server")).parent.parent
     for name in (pinned.engine.commit[:12], built.name):
         (shared / "engine" / name).symlink_to(target / name)
-    text = (folder / "compose.yaml").read_text()
-    (folder / "compose.yaml").unlink()
-    (folder / "compose.yaml").write_text(
-        text.replace("image: glm-server:", f"image: {pinned.name}:")
-    )
+    workspace.change(folder, "compose.yaml", "image: glm-server:", f"image: {pinned.name}:")
     docker.name_image(tiny.image, f"{pinned.name}:cpu")
     made = Deployment(folder, "--docker", tmp_path_factory.mktemp("sources"), pinned)
     assert made.invoke("up", "--docker").status == 0
@@ -330,3 +327,15 @@ def test_corrupt_record_is_told(deployment: Deployment, text: str) -> None:
         assert_refused(deployment.invoke("status"), Code.USAGE, "engine.json")
     finally:
         record.write_text(kept)
+
+
+def test_record_that_nobody_checks_is_noticed(deployment: Deployment, notice: Notice) -> None:
+    old, new = "(OSError, ValueError, KeyError, TypeError)", "ZeroDivisionError"
+    with workspace.changed(deployment.folder, "stack/config.py", old, new):
+        notice(
+            test_corrupt_record_is_told,
+            "a record that nobody checks",
+            says="Traceback",
+            text="[]",
+            deployment=deployment,
+        )

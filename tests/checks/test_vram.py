@@ -1,15 +1,19 @@
 """The memory that a server takes of its GPU is the planned one, and comes back."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
 
 import pytest
 
 from bench import vram
 from bench.vram import Vram
-from stack import gpu
+from stack import config, gpu
 from stack.config import Project, Service
 from stack.runtime import Runtime
+from tests import workspace
+from tests.checks.conftest import Notice
 
 TOLERANCE = 0.05
 FLOOR_TOKENS_S = 30
@@ -95,3 +99,40 @@ def test_quants_together_take_the_sum_of_their_plans(
 
 def here(service: Service) -> bool:
     return service.model_file.exists()
+
+
+# --- What is wrong in a record of a real run, each of which a check above must notice.
+
+_RESULTS = workspace.ROOT / "bench" / "results"
+_READ = json.loads((_RESULTS / "vram-q4-nvidia-h200.json").read_text())
+RECORDED = {each.name: _READ[each.name] for each in fields(Vram)}
+WRONG: dict[Callable[..., None], tuple[str, dict[str, Any], str]] = {
+    test_plan_from_the_header_is_within_5_percent: (
+        "a plan of no cache",
+        {"planned": {**RECORDED["planned"], "cache_mib": 0}},
+        "== 27868 ±",
+    ),
+    test_engines_own_figures_explain_all_but_5_percent: (
+        "an engine that forgot its cache",
+        {"engine": {**RECORDED["engine"], "cache_mib": 0}},
+        "<= ",
+    ),
+    test_peak_is_within_the_budget: ("a peak of 30 GiB", {"load_peak_mib": 30720}, "30720 <= "),
+    test_largest_prompt_was_read_whole: ("half a prompt", {"prefill_tokens": 101344}, "101344 =="),
+    test_all_layers_are_on_the_gpu: (
+        "a layer on the CPU",
+        {"engine": {**RECORDED["engine"], "layers": 47}},
+        "47 == 48",
+    ),
+    test_decodes_like_a_gpu: ("3 tokens/s", {"decode_tokens_s": 3}, "3 > 30"),
+    test_memory_comes_back: ("1 GiB kept", {"released_mib": 1024}, "1024 <= 256"),
+}
+
+
+@pytest.mark.parametrize("check", WRONG, ids=lambda check: check.__name__)
+def test_wrong_figures_are_noticed(notice: Notice, check: Callable[..., None]) -> None:
+    broken, figures, says = WRONG[check]
+    measured = Vram(**{**RECORDED, **figures})
+    service = config.load(workspace.ROOT).service("q4")
+
+    notice(check, f"a record with {broken}", says=says, measured=measured, service=service)

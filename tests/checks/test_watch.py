@@ -20,6 +20,7 @@ from stack.server import Server
 from stack.status import Looks
 from stack.wait import wait_until
 from tests import clients, workspace
+from tests.checks.conftest import Notice
 from tests.daemon import Daemon
 from tests.ledger import Ledger
 from tests.workspace import Started
@@ -107,11 +108,8 @@ def watched(request: pytest.FixtureRequest, tmp_path: Path, faults: Path) -> Ite
     (folder / "models").mkdir()
     os.link(workspace.ROOT / "models" / "tiny.gguf", folder / "models" / "tiny.gguf")
     (folder / "models" / "faults.so").write_bytes(faults.read_bytes())
-    compose = (folder / "compose.yaml").read_text()
-    (folder / "compose.yaml").unlink()
     added = f"      LD_PRELOAD: {INSIDE}/faults.so\n      GLM_FAULTS: {INSIDE}\n"
-    changed = compose.replace(ALIAS, ALIAS + added)
-    (folder / "compose.yaml").write_text(changed.replace("period: 40s", "period: 2s"))
+    workspace.change(folder, "compose.yaml", ALIAS, ALIAS + added)
     watched = Watched(folder, f"--{request.param}")
     try:
         chosen = watched.runtime
@@ -501,3 +499,31 @@ def test_docker_engine_that_restarts(
 def seen_to_be_stopped(watched: Watched) -> bool | None:
     kept = json.loads((watched.project.state / "watch.json").read_text())
     return kept.get("tiny docker", {}).get("stopped") or None
+
+
+@NATIVE
+def test_watch_that_never_acts_is_noticed(
+    watched: Watched, notice: Notice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace.change(watched.folder, "stack/watch.py", ">= trouble.limit_s", "< 0")
+    monkeypatch.setattr("tests.checks.test_watch.PATIENCE_S", 15)
+
+    notice(
+        test_frozen_server_is_restarted_after_the_limit,
+        "a watch that never acts",
+        says="not among",
+        watched=watched,
+    )
+    os.kill(watched.pid, signal.SIGCONT)
+
+
+@NATIVE
+def test_watch_that_takes_work_for_trouble_is_noticed(watched: Watched, notice: Notice) -> None:
+    workspace.change(watched.folder, "stack/watch.py", '("ready", "busy")', '("ready",)')
+
+    notice(
+        test_busy_server_is_left_alone,
+        "a watch that takes work for trouble",
+        says="restart 1 of 3",
+        watched=watched,
+    )

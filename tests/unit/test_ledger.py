@@ -5,6 +5,8 @@ import pytest
 from tests import hostile, ledger
 from tests.ledger import Ledger
 
+CHECKS = sorted((ledger.ROOT / "tests" / "checks").glob("test_*.py"))
+
 
 def test_page_of_the_docs_is_the_one_that_the_record_makes() -> None:
     assert ledger.PAGE.read_text() == ledger.page()
@@ -42,6 +44,15 @@ def test_case_that_raises_is_kept_as_failed_and_never_recorded(tmp_path: Path) -
     assert "it broke" in (tmp_path / "x.cases.json").read_text()
     with pytest.raises(ValueError, match="a case"):
         kept.record("engine")
+
+
+@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+def test_every_session_of_checks_notices_something_broken(path: Path) -> None:
+    caught = [each for each in ledger.read_caught() if f"test_{each.session}" == path.stem]
+
+    assert caught
+    text = path.read_text()
+    assert {each.check for each in caught if each.check not in text} == set()
 
 
 def check() -> None:
