@@ -22,11 +22,11 @@ from stack import host
 from stack.wait import wait_until
 
 _START_S = 60
+# Not --bridge=none, nor --default-address-pool: with either, it would remove the machine's docker0.
 _OPTIONS = (
     "--iptables=false",
     "--ip6tables=false",
     "--ip-forward=false",
-    "--default-address-pool=base=10.77.64.0/18,size=24",
     "--containerd-namespace=glm-test",
     "--containerd-plugins-namespace=glm-test-plugins",
 )
@@ -77,6 +77,12 @@ class Daemon:
             theirs.close()
 
 
+def _docker0() -> str:
+    """Return which interface the bridge of the machine's engine is, if there is one."""
+    file = Path("/sys/class/net/docker0/ifindex")
+    return file.read_text() if file.exists() else ""
+
+
 @contextlib.contextmanager
 def daemon(image: str, *, size: str = "") -> Iterator[Daemon]:
     """Start an engine with an image of the machine's own, and end it; skip where none can be.
@@ -88,10 +94,9 @@ def daemon(image: str, *, size: str = "") -> Iterator[Daemon]:
     # Not in pytest's folder: the path of a socket has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="glm", ignore_cleanup_errors=True) as name:
         found = Daemon(Path(name), f"glm{secrets.token_hex(3)}")
-        data = found.folder / "data"
+        data, before = found.folder / "data", _docker0()
         data.mkdir()
         try:
-            # Without a bridge of its own it would take, or remove, that of the machine's engine.
             for what in (
                 "link add {} type bridge",
                 f"address add 10.77.{random.randrange(64)}.1/24 dev {{}}",
@@ -108,3 +113,4 @@ def daemon(image: str, *, size: str = "") -> Iterator[Daemon]:
             while host.run(["umount", data]).status == 0:
                 pass  # one mount for each time that it was killed, and one of ours
             host.run(["ip", "link", "delete", found.bridge])
+            assert _docker0() == before
