@@ -187,7 +187,8 @@ def _tell_tuned(found: "Tuned", path: Path) -> None:
         print(f"{found.slo}: met by {', '.join(met)}.")
     if found.starts:
         took = ", ".join(f"{mode} {seconds:.1f} s" for mode, seconds in found.starts.items())
-        print(f"Ready from a cold file: {took}.")
+        taken = next((value for value in found.settings.values() if value in found.starts), "auto")
+        print(f"Ready from a cold file: {took}; the profile has {taken}.")
     gain = "" if found.gain is None else f", {found.gain:.2f} x what is chosen untuned"
     print(f"Best: {found.winner}{gain}.")
     if sum(trial.candidate == found.winner for trial in found.trials) == 1:
