@@ -35,7 +35,9 @@ OWN = {
 }
 """Sessions with a table of their own."""
 NOTICE = """\
-Each session of checks is run on something that is broken on purpose, and must fail.
+Each session of checks is run on something that is broken on purpose, and must fail for that reason:
+a server of other settings, a container with one more right, a proxy that changes what is asked or
+answered, a copy of the program with one line changed, a record with one figure changed.
 """
 SAID = 160
 """Characters that are kept of what a check said."""
@@ -97,7 +99,8 @@ class Ledger:
             if not re.search(says, said):
                 raise
             line = next(each for each in said.splitlines() if re.search(says, each))
-            self.caught.add(Caught(self.session, name, broken, line.strip()[:SAID]))
+            line = re.sub(r"/[\w/]*/pytest-\d+/[^/\s]+/", "", line.strip().removeprefix("assert "))
+            self.caught.add(Caught(self.session, name, broken, line[:SAID]))
         else:
             raise AssertionError(f"{name} does not notice: {broken}")
 

@@ -651,17 +651,25 @@ def test_killed_while_it_hashes_a_file_that_changed(deployment: Deployment) -> N
     at_each_moment(kill)
 
 
-def test_file_that_nobody_verifies_is_noticed(deployment: Deployment, notice: Notice) -> None:
-    old, new = (
-        'if copy.state != "verified":\n            raise',
-        'if copy.state == "none":\n            raise',
-    )
+BROKEN: dict[str, tuple[Callable[..., None], dict[str, object], tuple[str, str], str]] = {
+    "an `up` that takes any file": (
+        test_flipped_bit_is_found,
+        {"kept_mtime": False},
+        ('if copy.state != "verified":\n            raise', "if False:\n            raise"),
+        "status=0",
+    ),
+    "a `models --prune` that removes a user's file": (
+        test_prune_removes_what_downloads_left_and_nothing_of_a_user,
+        {},
+        ('folder.glob(".*.gguf.part")', 'folder.glob("*.gguf.part")'),
+        "mine.gguf.part",
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_program_is_noticed(deployment: Deployment, notice: Notice, broken: str) -> None:
+    check, given, (old, new), says = BROKEN[broken]
     workspace.change(deployment.folder, "stack/integrity.py", old, new)
 
-    notice(
-        test_flipped_bit_is_found,
-        "an `up` that takes any file",
-        says="status=0",
-        kept_mtime=False,
-        deployment=deployment,
-    )
+    notice(check, broken, says=says, deployment=deployment, **given)

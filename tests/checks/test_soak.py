@@ -143,7 +143,7 @@ TARGET = Target("native", "tiny")
         (test_every_answer_is_whole, {}, "False"),
         (test_memory_is_bounded, {"vitals": Vitals(2000, 2000, 20, 20)}, " < "),
     ],
-    ids=["more threads", "more files", "slower", "no answers", "more memory"],
+    ids=["more threads", "more files", "dearer work", "no answers", "more memory"],
 )
 def test_worse_is_noticed(
     request: pytest.FixtureRequest,

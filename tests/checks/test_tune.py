@@ -222,3 +222,17 @@ def test_tune_that_disturbs_what_serves_is_noticed(tuning: Tuning, notice: Notic
             says="status=0",
             tuning=tuning,
         )
+
+
+@pytest.mark.parametrize("tuning", ["--native"], indirect=True)
+def test_profile_that_is_taken_for_another_engine_is_noticed(
+    tuning: Tuning, notice: Notice
+) -> None:
+    differs = "if theirs != ours[name]:"
+    with workspace.changed(tuning.folder, "stack/tuned.py", differs, "if False:"):
+        notice(
+            test_a_profile_of_another_engine_is_passed_over,
+            "an `up` that takes any profile",
+            says="is of another engine",
+            tuning=tuning,
+        )

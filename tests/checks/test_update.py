@@ -53,6 +53,8 @@ class Deployment(workspace.Deployment):
     def source(self, name: str, *, sampled: str = SAMPLED) -> str:
         """Make the engine's source with a change: in what follows the sampling of a token."""
         tree = self.sources / name
+        if tree.exists():
+            return str(tree)
         shutil.copytree(engine.source(self.pinned), tree, copy_function=os.symlink)
         replace(tree / "LICENSE", "MIT License", f"MIT License ({name})")
         replace(tree / SERVER, SAMPLED, sampled)
@@ -339,3 +341,16 @@ def test_record_that_nobody_checks_is_noticed(deployment: Deployment, notice: No
             text="[]",
             deployment=deployment,
         )
+
+
+def test_update_that_asks_nothing_is_noticed(deployment: Deployment, notice: Notice) -> None:
+    worse = "elif worse := self.answers.worse(self.answers.ask(up.server), before[0]):"
+    with workspace.changed(deployment.folder, "stack/update.py", worse, "elif worse := []:"):
+        workspace.change(deployment.folder, "stack/update.py", ", answers=self.answers)", ")")
+        notice(
+            test_engine_that_answers_wrong,
+            "an update that asks a candidate nothing",
+            says="status=0",
+            deployment=deployment,
+        )
+    assert deployment.invoke("rollback").status == 0

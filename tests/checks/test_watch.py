@@ -518,6 +518,22 @@ def test_watch_that_never_acts_is_noticed(
 
 
 @NATIVE
+def test_watch_that_never_gives_up_is_noticed(
+    watched: Watched, notice: Notice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = "spent = len(case.restarts) >= self.limits.budget"
+    workspace.change(watched.folder, "stack/watch.py", spent, "spent = False")
+    monkeypatch.setattr("tests.checks.test_watch.PATIENCE_S", 15)
+
+    notice(
+        test_spent_budget_ends_in_a_diagnosis,
+        "a watch that never gives up",
+        says="'gave up' not among",
+        watched=watched,
+    )
+
+
+@NATIVE
 def test_watch_that_takes_work_for_trouble_is_noticed(watched: Watched, notice: Notice) -> None:
     workspace.change(watched.folder, "stack/watch.py", '("ready", "busy")', '("ready",)')
 
