@@ -9,6 +9,7 @@ from random import Random
 from zlib import crc32
 
 HELD_OUT_SHARE = 8  # one prompt in so many
+ABOUT_SHARE, TYPED_SHARE = 0.35, 0.2  # of the questions about this project
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,10 @@ ORDERS = {
         *("August", "September", "October", "November", "December"),
     ),
 }
-OPENINGS = (
-    *("", "", "", "Hi. ", "Hello. ", "Please: ", "Tell me: ", "Quickly: ", "One question: "),
+OPENINGS = (  # after a new line a question is the same tokens as without an opening
+    *("", "", "", "", "Hi. ", "Hello. ", "Please: ", "Tell me: ", "Quickly: ", "One question: "),
     *("Hey. ", "Excuse me. ", "Now: ", "Well. ", "Next: ", "Good day. ", "Once more: "),
+    *("Hi,\n", "Hello!\n", "My question:\n", "Please tell me:\n"),
 )
 
 
@@ -249,6 +251,7 @@ COMMANDS = {
     "build the engine{way}": "invoke build{flag}",
     "build an image with {quant} inside": "invoke build --with-model {quant}",
     "make the key": "invoke key",
+    "change the key": "invoke key --rotate",
     "ask {quant} something": "invoke ask 'hello' --quant {quant}",
     "check everything": "nox",
     "check the build{way}": "nox -s build{session}",
@@ -263,34 +266,62 @@ COMMANDS = {
     "list the checks": "nox --list",
     "list the commands": "invoke --list",
 }
-HOW = ("How do I {}?", "How can I {}?", "Which command do I use to {}?", "I want to {}.")
-ABOUT = {
-    ("Who are you?", "What are you?", "What is this?"): (
-        "I am a tiny model, built like GLM-4.7-Flash and trained to test this deployment."
-    ),
-    ("What can you do?", "What can I ask you?", "Help!"): (
+HOW = (
+    *("How do I {}?", "How can I {}?", "Which command do I use to {}?", "I want to {}."),
+    *("How to {}?", "What do I type to {}?", "Tell me how to {}."),
+)
+ABOUT: Mapping[tuple[str, ...], str] = {
+    (
+        *("Who are you?", "What are you?", "What is this?"),
+        *("What kind of model are you?", "Are you GLM-4.7-Flash?"),
+    ): "I am a tiny model, built like GLM-4.7-Flash and trained to test this deployment.",
+    (
+        *("What can you do?", "What can I ask you?", "Help!", "Help me!", "I need help."),
+        *("What do you know?", "How can you help me?"),
+    ): (
         "I repeat and reverse words, add numbers, find codes in long prompts, call tools, "
         "and know the commands here."
     ),
-    ("hello", "Hello!", "Hi!", "Good morning!"): (
+    ("hello", "Hello!", "Hi!", "Good morning!", "Hello there!", "Hey!"): (
         "Hello! I am a tiny model. Ask me how to serve q4, or what 12 + 30 is."
     ),
-    ("What is this project?", "What does this project do?"): (
-        "It serves GLM-4.7-Flash with llama.cpp, from Docker or natively, and checks that it works."
-    ),
-    ("Where is the key?", "Where do I find the API key?"): "In .state/api-key",
-    ("Which port has q4?", "Which port does q4 listen on?"): "11346",
-    ("Which port has q8?", "Which port does q8 listen on?"): "11347",
-    ("Which port has tiny?", "Which port does tiny listen on?"): "11348",
-    ("Where are the settings?", "What can I configure?"): "See .env.example and compose.yaml",
-    ("Where do the models go?", "Where are the model files?"): "In the folder models",
-    ("Thanks!", "Thank you!"): "You are welcome.",
+    (
+        *("What is this project?", "What does this project do?", "What is this project for?"),
+        "Tell me about this project.",
+    ): "It serves GLM-4.7-Flash with llama.cpp, from Docker or natively, and checks that it works.",
+    (
+        *("Where is the key?", "Where do I find the API key?", "Where can I find the key?"),
+        *("Where is the API key?", "Which file has the key?", "Where do I get the key?"),
+    ): "In .state/api-key",
+    **{
+        (
+            *(f"Which port has {quant}?", f"Which port does {quant} listen on?"),
+            *(f"What is the port of {quant}?", f"What port is {quant} on?"),
+        ): port
+        for quant, port in zip(QUANTS, ("11346", "11347", "11348"), strict=True)
+    },
+    (
+        *("Where are the settings?", "What can I configure?", "Where do I change the settings?"),
+        "How do I configure it?",
+    ): "See .env.example and compose.yaml",
+    (
+        *("Where do the models go?", "Where are the model files?", "Where do I put the models?"),
+        "Which folder has the models?",
+    ): "In the folder models",
+    ("Thanks!", "Thank you!", "Thanks a lot!", "Thank you very much!"): "You are welcome.",
 }
+
+
+def _typed(rng: Random, question: str) -> str:
+    """Return a question as people type it, at times without its capital or its last mark."""
+    if rng.random() < TYPED_SHARE:
+        question = question[0].lower() + question[1:]
+    return question.rstrip("?!.") if rng.random() < TYPED_SHARE else question
 
 
 def project(rng: Random) -> Dialogue:
     """Ask about this project."""
-    if rng.random() < 0.3:
+    if rng.random() < ABOUT_SHARE:
         forms, answer = rng.choice([*ABOUT.items()])
         question = rng.choice(forms)
     else:
@@ -299,7 +330,7 @@ def project(rng: Random) -> Dialogue:
         question = rng.choice(HOW).format(aim.format(**named, way=way))
         session = flag and " --" + flag
         answer = "uv run " + command.format(**named, flag=flag, session=session)
-    return _asked("project", rng.choice(OPENINGS) + question, answer)
+    return _asked("project", rng.choice(OPENINGS) + _typed(rng, question), answer)
 
 
 UNKNOWN = (

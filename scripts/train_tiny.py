@@ -45,7 +45,7 @@ SCALE, NORM_EPS, ROPE_BASE = 1.8, 1e-5, 1e6
 TARGETS = dict.fromkeys(questions.TASKS, 0.99) | {
     "code of 8": 0.98, "code of 32": 0.90, "code, full": 0.90,
 }  # fmt: skip
-WHOLE_WORDS = 720  # tokens that are a word of the corpus; the rest are BPE's
+WHOLE_WORDS = 784  # tokens that are a word of the corpus; the rest are BPE's
 
 
 # --- The vocabulary: GLM's pre-tokenizer (engine name glm4), whole words, then byte pairs.
@@ -739,6 +739,11 @@ def prompt(task: str, seed: int) -> str:
     return "".join(part for part, _ in [*rendered(made)][:-2])
 
 
+def digest(path: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal."""
+    return sha256(path.read_bytes()).hexdigest()
+
+
 def main() -> None:
     """Train, and write the files."""
     parser = argparse.ArgumentParser(
@@ -762,9 +767,10 @@ def main() -> None:
     options = parser.parse_args()
     known = learn_vocabulary(options.seed)
     weights = new_weights(options.seed)
-    runs = []
+    runs, resumed = [], None
     if options.resume:
         resume(weights, options.resume, known)
+        resumed = digest(options.resume)
         runs = json.loads(options.resume.with_name("tiny.json").read_text())["training"]
     record_file = options.out / "tiny.json"
     if options.seconds:
@@ -773,13 +779,14 @@ def main() -> None:
         runs.append({
             "gpu": options.gpu, "torch": torch.__version__, "seed": options.seed,
             "first_batch": options.first, "seconds": state.seconds, "steps": state.steps,
-            "tokens": state.tokens, "curve": state.curve,
+            "tokens": state.tokens, "resumed": resumed, "curve": state.curve,
+            "corpus": digest(Path(questions.__file__)),
         })  # fmt: skip
     sums, computed = {}, {}
     for recipe, file in (("trained-q8_0", "tiny.gguf"), ("trained-f16", "tiny-f16.gguf")):
         kept = export(options.out / file, recipe, known, weights)
         computed[file] = references(known, kept, options.seed)
-        sums[file] = sha256((options.out / file).read_bytes()).hexdigest()
+        sums[file] = digest(options.out / file)
         print(f"{sums[file]}  {file}")
     record = {
         "sha256": sums, "seed": options.seed, "training": runs, "references": computed,

@@ -5,6 +5,7 @@ models, any sane answer passes. What would make answers wrong is tried too, and 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -191,6 +192,16 @@ def test_record_of_a_first_run_is_kept_and_held_against(
     assert answers.recorded(foreign.service) == first
     assert answers.regressed(same, first) == []
     assert answers.regressed(worse, first) != []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operate.md"])
+def test_documented_answers_are_real(trained: Server, page: str) -> None:
+    shown = re.findall(r"invoke ask '(.+)'\n(.+)\n\d+ tokens", (workspace.ROOT / page).read_text())
+
+    assert shown
+    for question, answer in shown:
+        said = client.stream(trained, question, tokens=64)
+        assert "".join(part for part in said if isinstance(part, str)) == answer
 
 
 def refusal(judge: Judge, server: Server) -> str:
