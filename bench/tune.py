@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import analysis, candidates, ceiling, generator, loadtest, results
@@ -363,10 +364,10 @@ class _Session:
         return candidates.scores(self.trials, self.ask.clients, slo=self.ask.slo is not None)
 
     def cost_s(self, seconds: float) -> float:
-        """Return what a trial with loads of so many seconds will take, from the last of them."""
-        last = next((each for each in reversed(self.trials) if each.runs), None)
+        """Return what a trial with loads of so many seconds will take, from those before."""
         count = len(self.ask.clients)
-        return count * seconds + (last.seconds - count * last.duration_s if last else 0)
+        others = [each.seconds - count * each.duration_s for each in self.trials if each.runs]
+        return count * seconds + (median(others) if others else 0)
 
     def conclude(self, tried: Mapping[str, Settings]) -> Tuned:
         """Name the winner, and measure the engine and cold starts with it as far as time is left.

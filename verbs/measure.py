@@ -171,8 +171,16 @@ def _tell_tuned(found: "Tuned", path: Path) -> None:
         rates = {run.clients: f"{run.tokens_s:,.0f}" for run in trial.runs}
         context = f"{trial.context:,}" if trial.context else ""
         ready = "" if trial.ready_s is None else f"{trial.ready_s:.1f}"
-        note = trial.failed or ("best" if name == found.winner else "")
-        table.add_row(name, *(rates.get(n, "") for n in found.clients), score, context, ready, note)
+        above = found.scores.get(name, 0) > found.scores[found.winner]
+        word = "best" if name == found.winner else "too little, or not each time" if above else ""
+        table.add_row(
+            name,
+            *(rates.get(n, "") for n in found.clients),
+            score,
+            context,
+            ready,
+            trial.failed or word,
+        )
     Console().print(table)
     print("Output tokens a second in each candidate's longest run; the score is of all its runs.")
     if found.left_out:
