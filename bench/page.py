@@ -13,6 +13,7 @@ from bench import loads, results
 from stack import config, gguf_header, models, plan
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "memory.md"
 LOAD_PAGE = ROOT / "docs" / "loadtest.md"
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
@@ -58,9 +59,24 @@ MEASURED = (
 
 
 SETTINGS = (
-    *("Clients", "slots", "defaults", "private caches, CPU sampling"),
-    *("private caches, GPU sampling", "as chosen: that, with our patches", "over defaults"),
-    *("decode, of the engine", "TTFT (ms)"),
+    *(
+        "Quant",
+        "clients",
+        "slots",
+        "defaults",
+        "unpatched, CPU sampling",
+        "unpatched",
+        "patches 1, 2",
+    ),
+    *("1 to 3", "all", "over defaults", "decode, of the engine", "the same, mean", "TTFT (ms)"),
+)
+STEPS = (
+    *("Streams", "step", "of the time", "ms", "of the engine alone", "prepare", "GPU", "sampling"),
+    *("text", "saving prompts", "new samplers", "rest"),
+)
+PROMPTS = (
+    *("Prompt tokens", "TTFT (ms)", "tokens/s", "its beginning cached (ms)"),
+    *("beside 3 streams (ms)", "their gap (ms)", "longest (ms)", "stalled"),
 )
 LOADS = (
     *("Stand-in", "clients", "tok/s", "of the engine", "decode, of the engine"),
@@ -122,9 +138,7 @@ def _capacity() -> Iterator[list[str]]:
 
 def page() -> str:
     """Return the page."""
-    records = [
-        json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob("vram-*"))
-    ]
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("vram-*"))]
     alone = [record for record in records if "model" in record]
     together = [record for record in records if "model" not in record]
     slots = ("shared", *(f"{n} private" for n in plan.PRIVATE_SLOTS))
@@ -138,7 +152,7 @@ def page() -> str:
 
 
 def _loads() -> Iterator[list[str]]:
-    for path in sorted((ROOT / "bench" / "results").glob("loadtest-*/summary.json")):
+    for path in sorted(RESULTS.glob("loadtest-*/summary.json")):
         summary = results.read(path)
         for load in loads.of(summary):
             joules = [run.joules_token for run in load.runs if run.joules_token]
@@ -155,54 +169,93 @@ def _loads() -> Iterator[list[str]]:
 
 def load_page() -> str:
     """Return docs/loadtest.md with its table of results made anew."""
-    return _with_table(LOAD_PAGE, LOADS, _loads())
+    return _with_table(LOAD_PAGE.read_text(), LOADS, _loads())
 
 
 def settings_page() -> str:
-    """Return docs/settings.md with its table of results made anew."""
-    return _with_table(SETTINGS_PAGE, SETTINGS, _settings())
+    """Return docs/settings.md with its tables of results made anew."""
+    text = SETTINGS_PAGE.read_text()
+    for head, rows in (
+        (SETTINGS, [*_settings("q4"), *_settings("q8")]),
+        (STEPS, _steps()),
+        (PROMPTS, _prompts()),
+    ):
+        text = _with_table(text, head, rows)
+    return text
 
 
-def _with_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    before, _, after = re.split(
-        rf"^(\| {head[0]} \|(?:.*\n)+?)\n", path.read_text(), flags=re.MULTILINE
-    )
+def _with_table(text: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    before, _, after = re.split(rf"^(\| {head[0]} \|(?:.*\n)+?)\n", text, flags=re.MULTILINE)
     return f"{before}{_table(head, rows)}\n\n{after}"
 
 
-def _settings() -> Iterator[list[str]]:
-    folder = ROOT / "bench" / "results"
+def _settings(quant: str) -> Iterator[list[str]]:
+    kinds = ("private-cpu", "none", "p12", "p123", "all")
     tests = {
-        kind: _by_clients((folder / "settings-q4-nvidia-h100").glob(f"{kind}-*.json"))
-        for kind in ("private-cpu", "private-gpu", "patched-gpu")
+        kind: _by_clients(RESULTS.glob(f"settings-{quant}-nvidia-h100/{kind}-*.json"))
+        for kind in kinds
     }
-    defaults = _by_clients(folder.glob("loadtest-q4-nvidia-h100/summary.json"))
-    for clients, (load, slots) in sorted(tests["patched-gpu"].items()):
-        default = defaults[clients][0]
-        others = (tests[kind].get(clients) for kind in ("private-cpu", "private-gpu"))
-        measured = tests["private-gpu"].get(clients)  # the engine alone, in that run only
-        top = measured[0].ceiling if measured else None
-        streams = top.at(clients) if top else None
-        decoded = clients * load.value(lambda p: p.decode_tokens_s)
+    shipped = _by_clients(RESULTS.glob(f"loadtest-{quant}-nvidia-h100/summary.json"))
+    defaults = {clients: load for (clients, _), load in shipped.items()}
+    for (clients, slots), load in sorted(tests["all"].items()):
+        others = (tests[kind].get((clients, slots)) for kind in kinds[:-1])
+        default, top = defaults[clients], load.ceiling and load.ceiling.at(clients)
+        each = load.value(lambda p: p.itl.p50)
         yield [
-            f"{clients}",
-            f"{slots}",
-            f"{default.tokens.value:.0f}",
-            *(f"{other[0].tokens.value:.0f}" if other else "" for other in others),
+            *(quant, f"{clients}", f"{slots}", f"{default.tokens.value:.0f}"),
+            *(f"{other.tokens.value:.0f}" if other else "" for other in others),
             f"{load.tokens.value:.0f}",
             f"{load.tokens.value / default.tokens.value:.2f} x",
-            f"{100 * decoded / streams.decode_tokens_s:.0f} %" if streams else "",
+            f"{100 * clients * 1000 / each / top.decode_tokens_s:.0f} %" if top else "",
+            f"{100 * load.decode_ratio:.0f} %" if load.decode_ratio else "",
             f"{load.value(lambda p: p.ttft.p50):,.0f}",
         ]
 
 
-def _by_clients(paths: Iterable[Path]) -> dict[int, tuple[loads.Load, int]]:
-    """Return the loads of summaries, and the slots of their server, by how many clients."""
-    found: dict[int, tuple[loads.Load, int]] = {}
+def _steps() -> Iterator[list[str]]:
+    whole = _by_clients(RESULTS.glob("settings-q4-nvidia-h100/all-*.json"))
+    alone = {
+        clients: load.ceiling.at(clients)
+        for (clients, slots), load in whole.items()
+        if load.ceiling and clients == slots
+    }
+    for row in json.loads((RESULTS / "timeline-q4-nvidia-h100.json").read_text())["rows"]:
+        kinds = {name: row[name] for name in ("decode", "begin", "other")}
+        total = sum(kind["steps"] * kind["whole_ms"] for kind in kinds.values())
+        for name, kind in kinds.items():
+            top = alone.get(row["clients"]) if name == "decode" else None
+            yield [
+                f"{row['clients']}",
+                name,
+                f"{100 * kind['steps'] * kind['whole_ms'] / total:.0f} %",
+                f"{kind['whole_ms']:.1f}",
+                f"{1000 * top.streams / top.decode_tokens_s:.1f}" if top else "",
+                *(f"{ms:.1f}" for ms in kind["parts_ms"].values()),
+            ]
+
+
+def _prompts() -> Iterator[list[str]]:
+    told = json.loads((RESULTS / "prefill-q4-nvidia-h100.json").read_text())
+    for row in told["rows"]:
+        yield [
+            f"{row['prompt_tokens']:,}",
+            f"{row['cold_ms']:,.0f}",
+            f"{1000 * row['prompt_tokens'] / row['cold_ms']:,.0f}",
+            f"{row['cached_ms']:,.0f}",
+            f"{row['beside_ms']:,.0f}",
+            f"{row['gap_ms']:.1f}",
+            f"{row['longest_gap_ms']:,.0f}",
+            f"{100 * row['stalled']:.0f} %",
+        ]
+
+
+def _by_clients(paths: Iterable[Path]) -> dict[tuple[int, int], loads.Load]:
+    """Return the loads of summaries by how many clients, and slots of their server."""
+    found: dict[tuple[int, int], loads.Load] = {}
     for path in paths:
         summary = results.read(path)
         slots = int(summary.provenance.server["LLAMA_ARG_N_PARALLEL"])
-        found |= {int(load.level): (load, slots) for load in loads.of(summary)}
+        found |= {(int(load.level), slots): load for load in loads.of(summary)}
     return found
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import ceiling, generator, loadtest, quiz, records, results, stats
+from bench import ceiling, generator, loadtest, prefill, quiz, records, results, stats, timeline
 from bench.analysis import Point
 from bench.generator import Load
 from bench.loadtest import Now, Plan
@@ -435,3 +436,29 @@ def test_bad_input_is_refused_in_two_lines(
     assert (process.returncode, out) == (code, ""), err
     assert len(err.strip().splitlines()) == 2
     assert word in err
+
+
+def test_time_line_of_steps_accounts_for_the_whole_step(tmp_path: Path, target: Target) -> None:
+    if target.runtime != "native" or not shutil.which("cc"):
+        pytest.skip("needs a native server, and a C compiler")
+    folder = workspace.make(tmp_path, GLM_TINY_SLOTS="2", GLM_TINY_SHARED_CACHE="0")
+    project = config.load(folder, overrides={"GLM_TINY_PORT": "", "GLM_CLIENTS": "2"})
+    traces = tmp_path / "traces"
+    traces.mkdir()
+
+    row = timeline.measure(project, target.quant, seconds=3, folder=traces)
+
+    assert row.decode.steps > 100
+    assert row.begin.steps > 2
+    assert row.launches == 1  # prompts beside streams, and streams beside free slots, in one batch
+    assert row.begin.whole_ms > row.decode.whole_ms > row.decode.parts_ms["gpu"] > 0
+    for kind in (row.decode, row.begin, row.other):
+        assert sum(kind.parts_ms.values()) == pytest.approx(kind.whole_ms, abs=0.01)
+
+
+def test_prompt_is_read_faster_when_its_beginning_is_cached(running: Server) -> None:
+    (reading,) = prefill.read(running, [1500])
+
+    assert reading.cached_ms < 0.5 * reading.cold_ms
+    assert reading.longest_gap_ms > 2 * reading.gap_ms
+    assert 0.5 < reading.stalled <= 1
