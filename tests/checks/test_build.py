@@ -246,7 +246,7 @@ def test_our_patches_change_no_answer_and_work(side_by_side: list[Logged]) -> No
     logs = [log.read_text() for log in (our_log, plain_log)]
     reserved = [log.count("reserving ...") for log in logs]
     assert reserved[0] < 5
-    assert reserved[1] >= 24
+    assert reserved[1] > 12  # for each request once, or for some that begin together
     assert _apart(logs[0]) == 0 < _apart(logs[1])
 
 
