@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import loads, results
+from bench.candidates import UNTUNED
 from stack import config, gguf_header, models, plan
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,10 @@ SETTINGS = (
         "patches 1, 2",
     ),
     *("1 to 3", "all", "over defaults", "decode, of the engine", "the same, mean", "TTFT (ms)"),
+)
+TUNED = (
+    *("Candidate", "profile", "tokens/s at so many clients", "score, of the choice's"),
+    *("TTFT (ms)", "tokens each", "ready s"),
 )
 STEPS = (
     *("Streams", "step", "of the time", "ms", "of the engine alone", "prepare", "GPU", "sampling"),
@@ -177,6 +182,7 @@ def settings_page() -> str:
     text = SETTINGS_PAGE.read_text()
     for head, rows in (
         (SETTINGS, [*_settings("q4"), *_settings("q8")]),
+        (TUNED, _tuned()),
         (STEPS, _steps()),
         (PROMPTS, _prompts()),
     ):
@@ -210,6 +216,23 @@ def _settings(quant: str) -> Iterator[list[str]]:
             f"{100 * load.decode_ratio:.0f} %" if load.decode_ratio else "",
             f"{load.value(lambda p: p.ttft.p50):,.0f}",
         ]
+
+
+def _tuned() -> Iterator[list[str]]:
+    for path in sorted((ROOT / "profiles").glob("*.json")):
+        found = json.loads(path.read_text())
+        last = {trial["candidate"]: trial for trial in found["trials"]}
+        for name, score in found["scores"].items():
+            runs = last[name]["runs"]
+            yield [
+                name,
+                f"[{found['subject']['quant']}, {found['shape']}](../profiles/{path.name})",
+                ", ".join(f"{run['clients']}: {run['tokens_s']:.0f}" for run in runs),
+                f"{score / found['scores'][UNTUNED]:.3f}",
+                ", ".join(f"{run['ttft_ms']:.0f}" for run in runs),
+                f"{last[name]['context']:,}",
+                f"{last[name]['ready_s']:.1f}",
+            ]
 
 
 def _steps() -> Iterator[list[str]]:
