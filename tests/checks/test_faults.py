@@ -216,6 +216,14 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@contextlib.contextmanager
+def stopping(deployment: Deployment) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        deployment.runtime.stop(deployment.service)
+
+
 SAID_WITH_NO_ROOM = {
     ("up", "{flag}"): 0,
     ("status",): 0,
@@ -232,6 +240,7 @@ def test_full_disk_under_logs_and_records(deployment: Deployment, ledger: Ledger
     expected = "it serves on; commands work without a record, or exit 11 with nothing half-written"
     with (
         small(deployment.project.state, "4m"),
+        stopping(deployment),  # before its record is gone
         ledger.trying(
             "D9",
             "no room for logs and records",
