@@ -49,7 +49,7 @@ TURNS_WRONG = {"LLAMA_ARG_ROPE_FREQ_BASE": "10000"}
 DEGRADES = {"LLAMA_ARG_CACHE_TYPE_K": "q4_0", "LLAMA_ARG_CACHE_TYPE_V": "q4_0"}
 """Short answers are right all the same; the log-probabilities tell."""
 PHASES = ("check", "drain", "stop", "start", "prove")
-ROUNDS = {"--docker": 6, "--native": 20}
+ROUNDS = 20
 
 
 class Pair(Deployment):
@@ -595,7 +595,7 @@ def test_many_switches_under_load_leave_nothing_behind(pair: Pair, ledger: Ledge
     with ledger.trying(
         "R3", "restarted again and again under load", expected=expected, target=pair.target
     ) as row:
-        row.inputs = ROUNDS[pair.flag]
+        row.inputs = ROUNDS
         before = traces(pair)
         with Asking(server) as asking:
             for number in range(row.inputs):
