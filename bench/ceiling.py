@@ -60,6 +60,10 @@ class Streams:
     whole_tokens_s: float
     """Output tokens over prefill and decode together."""
 
+    def decode_share(self, slots: int | None, rate: float) -> float:
+        """Return what so many clients are decoded at one stream's rate in `slots`, of that."""
+        return min(self.streams, slots or self.streams) * rate / self.decode_tokens_s
+
 
 @dataclass(frozen=True, kw_only=True)
 class Single:
@@ -100,11 +104,10 @@ def share(point: "Point", slots: int | None, top: Ceiling | None) -> Share | Non
     engine = top.at(point.clients) if top and point.rate is None else None
     if engine is None:
         return None
-    side_by_side = min(point.clients, slots or point.clients)
     rate = point.decode_tokens_s
     return Share(
         point.tokens_s / engine.whole_tokens_s,
-        side_by_side * rate / engine.decode_tokens_s if rate else None,
+        engine.decode_share(slots, rate) if rate else None,
     )
 
 

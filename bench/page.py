@@ -212,7 +212,7 @@ def _settings(quant: str) -> Iterator[list[str]]:
             *(f"{other.tokens.value:.0f}" if other else "" for other in others),
             f"{load.tokens.value:.0f}",
             f"{load.tokens.value / default.tokens.value:.2f} x",
-            f"{100 * clients * 1000 / each / top.decode_tokens_s:.0f} %" if top else "",
+            f"{100 * top.decode_share(slots, 1000 / each):.0f} %" if top else "",
             f"{100 * load.decode_ratio:.0f} %" if load.decode_ratio else "",
             f"{load.value(lambda p: p.ttft.p50):,.0f}",
         ]

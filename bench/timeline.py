@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import fmean
 
 from bench import loadtest
+from bench.loadtest import Plan
 from stack import config, gpu, host, runtime
 from stack.config import Project
 from stack.errors import Code, StackError
@@ -183,21 +184,16 @@ class Row:
 
 def summary(found: list[Step], clients: int) -> Row:
     """Sort the steps by kind, and average each."""
-    begin = [step for step in found if step.begins]
     graphs = any(step.replayed for step in found)  # a CPU has none
-    decode = [
-        step
-        for step in found
-        if (step.begins, step.streams, step.replayed) == (False, clients, graphs)
-    ]
-    other = [step for step in found if step not in begin and step not in decode]
+    kinds: dict[str, list[Step]] = {"decode": [], "other": [], "begin": []}
+    for step in found:
+        decodes = (step.streams, step.replayed) == (clients, graphs)
+        kinds["begin" if step.begins else "decode" if decodes else "other"].append(step)
     return Row(
         clients=clients,
-        decode=_kind(decode),
-        other=_kind(other),
-        begin=_kind(begin),
+        **{name: _kind(of) for name, of in kinds.items()},
         launches=round(fmean(step.launches for step in found), 2),
-        saved_mib=round(sum(step.saved_mib for step in found) / max(1, len(begin)), 1),
+        saved_mib=round(sum(step.saved_mib for step in found) / max(1, len(kinds["begin"])), 1),
     )
 
 
@@ -223,24 +219,7 @@ def measure(
     """
     trace, clients = folder / "trace", project.clients
     given = {"LD_PRELOAD": str(build(folder)), "ENGINE_TIMELINE": str(trace)}
-    plan = loadtest.parse(
-        clients=str(clients),
-        rate="",
-        arrivals="poisson",
-        search="",
-        duration_s=seconds,
-        warmup_s=2,
-        repeats=1,
-        prompts="cold",
-        prompt="96-160",
-        output="96-160",
-        shared=0,
-        turns=1,
-        hang_up=0,
-        slo="",
-        seed=0,
-        ceiling=False,
-    )
+    plan = Plan(clients=(clients,), duration_s=seconds, warmup_s=2, repeats=1, ceiling=False)
     native, service = runtime.native(project), project.service(quant)
     os.environ |= given  # a native server inherits them
     try:

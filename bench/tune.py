@@ -463,6 +463,5 @@ def _of_engine(last: Trial, service: Service, top: Ceiling | None) -> dict[str, 
     for run in last.runs:
         engine = top.at(run.clients) if top else None
         if engine and run.decode_tokens_s:
-            served = min(run.clients, service.slots) * run.decode_tokens_s
-            found[str(run.clients)] = served / engine.decode_tokens_s
+            found[str(run.clients)] = engine.decode_share(service.slots, run.decode_tokens_s)
     return found
