@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
+
 from stack import config, host, keys, runtime
+from stack.compose import NoEngineError
 from stack.config import Project, Service
 from stack.runtime import Runtime
 from stack.server import Server
@@ -147,6 +150,15 @@ class Deployment:
     def runtime(self) -> Runtime:
         """The one that the flag names."""
         return runtime.choose(self.project, want=self.flag.removeprefix("--"))
+
+    def require_engine(self) -> Runtime:
+        """Return its runtime, with tiny's engine built; skip the test where it is not here."""
+        try:
+            chosen = self.runtime
+        except NoEngineError as error:
+            pytest.skip(error.cause)
+        runtime.ensure_engine(chosen, self.project, self.service)
+        return chosen
 
     @property
     def server(self) -> Server:

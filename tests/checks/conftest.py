@@ -112,6 +112,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("target", targets, ids=str, scope="session")
 
 
+def skip_unasked(request: pytest.FixtureRequest, where: str) -> None:
+    """Skip what runs in a runtime, named by a word or its flag, that was not asked for."""
+    option = request.config.option
+    if option.attach or option.runtime not in {None, where.removeprefix("--")}:
+        pytest.skip("not the runtime that was asked for")
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A deployment of our own, whose ports the platform chooses."""

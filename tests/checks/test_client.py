@@ -24,7 +24,7 @@ from stack.config import Project
 from stack.errors import Code
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import RUNTIMES, Notice, Target
+from tests.checks.conftest import RUNTIMES, Notice, Target, skip_unasked
 
 HERE = Path(__file__).parent / "opencode"
 LIMIT_S = 120
@@ -252,9 +252,7 @@ SECRET = "canary" + secrets.token_hex(8)
 @pytest.fixture(params=RUNTIMES)
 def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Project, str]]:
     """A deployment of its own, in a home of its own; the runtime's name."""
-    option = request.config.option
-    if option.attach or option.runtime not in {None, request.param}:
-        pytest.skip("not the runtime that was asked for")
+    skip_unasked(request, request.param)
     home = tmp_path / "home" / f"home-of-{SECRET}"
     root = home / "deployment"
     root.mkdir(parents=True)

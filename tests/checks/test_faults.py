@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from stack import client, engine, fit, host, keys, runtime, status
-from stack.compose import Docker, NoEngineError
+from stack.compose import Docker
 from stack.engine_log import allocation
 from stack.errors import Code, StackError
 from stack.wait import wait_until
 from tests import clients, workspace
-from tests.checks.conftest import Notice
+from tests.checks.conftest import Notice, skip_unasked
 from tests.daemon import Daemon
 from tests.ledger import Ledger
 from tests.workspace import Deployment, Started
@@ -32,16 +32,10 @@ INTERRUPTED = (130, -signal.SIGINT)
 
 @pytest.fixture(params=["--docker", "--native"], ids=["docker-tiny", "native-tiny"])
 def deployment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deployment]:
-    option = request.config.option
-    if option.attach or (option.runtime and request.param != f"--{option.runtime}"):
-        pytest.skip("not the runtime that was asked for")
+    skip_unasked(request, request.param)
     folder = workspace.make(tmp_path, GLM_TINY_PORT=str(workspace.free_port()))
     deployment = Deployment(folder, request.param)
-    try:
-        chosen = deployment.runtime
-    except NoEngineError as error:
-        pytest.skip(error.cause)
-    runtime.ensure_engine(chosen, deployment.project, deployment.service)
+    deployment.require_engine()
     yield deployment
     deployment.runtime.stop(deployment.service)
 

@@ -27,7 +27,7 @@ from stack.errors import Code, StackError
 from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
-from tests.checks.conftest import Notice, Target
+from tests.checks.conftest import Notice, Target, skip_unasked
 from tests.ledger import Ledger
 from tests.proxy import proxied, swapper, token_dropper
 from tests.workspace import Started
@@ -362,9 +362,7 @@ def invoke(folder: Path, *arguments: str) -> Started:
 def test_interrupt_leaves_a_summary_and_no_child(
     request: pytest.FixtureRequest, tmp_path: Path, where: str
 ) -> None:
-    option = request.config.option
-    if option.attach or (option.runtime and where != f"--{option.runtime}"):
-        pytest.skip("not the runtime that was asked for")
+    skip_unasked(request, where)
     folder = workspace.make(tmp_path, GLM_TINY_PORT=str(workspace.free_port()))
     out = folder / "out"
     service = config.load(folder).service("tiny")

@@ -33,7 +33,7 @@ from stack.errors import Code, StackError
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 from tests import workspace
-from tests.checks.conftest import Notice
+from tests.checks.conftest import Notice, skip_unasked
 from tests.checks.test_faults import INTERRUPTED, interrupt
 from tests.ledger import Ledger
 from tests.workspace import Deployment
@@ -115,9 +115,7 @@ def assert_refused(done: host.Result, code: Code, *words: str) -> None:
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
-    option = request.config.option
-    if option.attach or (option.runtime and request.param != f"--{option.runtime}"):
-        pytest.skip("not the runtime that was asked for")
+    skip_unasked(request, request.param)
     folder = tmp_path_factory.mktemp("pair")
     models = folder / "models"
     models.mkdir()
@@ -130,11 +128,7 @@ def pair(
     pair = Pair(workspace.make(folder, GLM_MODELS=str(models), **ports), request.param)
     (folder / "compose.yaml").unlink()
     pair.define()
-    try:
-        chosen = pair.runtime
-    except NoEngineError as error:
-        pytest.skip(error.cause)
-    runtime.ensure_engine(chosen, pair.project, pair.service)
+    pair.require_engine()
     yield pair
     pair.define()
     for quant in ("tiny", "exact"):

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from stack import client, host, runtime
-from stack.compose import NoEngineError
+from stack import client, host
 from stack.errors import Code
 from stack.wait import wait_until
 from tests import workspace
-from tests.checks.conftest import Notice
+from tests.checks.conftest import Notice, skip_unasked
 from tests.checks.test_faults import INTERRUPTED, assert_refused
 from tests.workspace import Deployment
 
@@ -57,9 +56,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuning(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, faults: Path
 ) -> Iterator[Tuning]:
-    option = request.config.option
-    if option.attach or (option.runtime and request.param != f"--{option.runtime}"):
-        pytest.skip("not the runtime that was asked for")
+    skip_unasked(request, request.param)
     root = tmp_path_factory.mktemp("tuning")
     models = root / "models"
     models.mkdir()
@@ -72,11 +69,7 @@ def tuning(
     preloaded = f"{alias}      LD_PRELOAD: {INSIDE}/faults.so\n"
     workspace.change(folder, "compose.yaml", alias, preloaded)
     tuning = Tuning(folder, request.param)
-    try:
-        chosen = tuning.runtime
-    except NoEngineError as error:
-        pytest.skip(error.cause)
-    runtime.ensure_engine(chosen, tuning.project, tuning.service)
+    chosen = tuning.require_engine()
     yield tuning
     chosen.stop(tuning.service)
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from bench import answers
-from stack import client, config, host, runtime
-from stack.compose import Docker, NoEngineError
+from stack import client, config, host
+from stack.compose import Docker
 from stack.errors import StackError
 from stack.server import Server
 from stack.status import Looks
 from stack.wait import wait_until
 from tests import clients, workspace
-from tests.checks.conftest import Notice
+from tests.checks.conftest import Notice, skip_unasked
 from tests.daemon import Daemon
 from tests.ledger import Ledger
 from tests.workspace import Started
@@ -100,9 +100,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["docker", "native"])
 def watched(request: pytest.FixtureRequest, tmp_path: Path, faults: Path) -> Iterator[Watched]:
-    option = request.config.option
-    if option.attach or (option.runtime and request.param != option.runtime):
-        pytest.skip("not the runtime that was asked for")
+    skip_unasked(request, request.param)
     port = str(workspace.free_port())
     folder = workspace.make(tmp_path, GLM_TINY_PORT=port, GLM_MODELS=str(tmp_path / "models"))
     (folder / "models").mkdir()
@@ -111,11 +109,7 @@ def watched(request: pytest.FixtureRequest, tmp_path: Path, faults: Path) -> Ite
     added = f"      LD_PRELOAD: {INSIDE}/faults.so\n      GLM_FAULTS: {INSIDE}\n"
     workspace.change(folder, "compose.yaml", ALIAS, ALIAS + added)
     watched = Watched(folder, f"--{request.param}")
-    try:
-        chosen = watched.runtime
-    except NoEngineError as error:
-        pytest.skip(error.cause)
-    runtime.ensure_engine(chosen, watched.project, watched.service)
+    chosen = watched.require_engine()
     yield watched
     chosen.stop(watched.service)
 
