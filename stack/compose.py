@@ -486,7 +486,16 @@ class Docker:
             "com.docker.compose.oneoff=False",
         ]
         found = self.client.containers.list(all=True, filters={"label": labels})
-        return found[0] if found else None
+        if not found:
+            return None
+        folder = Path(found[0].labels["com.docker.compose.project.working_dir"])
+        if folder.exists() and folder.resolve() != self.project.root.resolve():  # one moved is ours
+            raise StackError(
+                f"{name} of {folder} has the same name, {self.project.name}.",
+                "Set another GLM_NAME in this deployment's .env.",
+                Code.USAGE,
+            )
+        return found[0]
 
     def start(self, service: Service, *, key: str) -> Server:
         """Create and start the service's container.
@@ -734,6 +743,11 @@ _FAILURES = (
     ),
     ("port is already allocated", "free the port, or set another in .env", Code.PORT),
     ("address already in use", "free the port, or set another in .env", Code.PORT),
+    (
+        "cannot assign requested address",
+        "set GLM_BIND in .env to an address of this machine",
+        Code.PORT,
+    ),
     ("no space left on device", "free disk space (`docker system df`)", Code.DISK),
     ("unknown flag: --project-name", "install the Compose plugin, 2.20.2 or later", Code.HOST),
 )
@@ -750,7 +764,7 @@ def failure(verb: str, done: Result) -> StackError:
         "Error response from daemon: "
     )
     code = Code.BUILD if verb == "build" else Code.LOAD
-    remedy = "Read the lines above." if verb == "build" else "See `docker compose ps --all`."
+    remedy = "Read the lines above." if verb == "build" else "`invoke doctor` looks for the reason."
     return StackError(f"docker compose {verb} failed ({done.status}): {said}", remedy, code)
 
 

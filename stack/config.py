@@ -381,7 +381,7 @@ def check_setting(name: str, value: str, *, known: set[str]) -> None:
     """Check a setting's value by the last word of its name. Raises ValueError with the reason."""
     if name not in known:
         near = get_close_matches(name, known, n=1)
-        raise ValueError(f"{name} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"{name} is no setting" + (f"; {near[0]} is" if near else ""))
     kind = name.rpartition("_")[2]
     if kind in _WHOLE_NUMBERS:
         low, high = _WHOLE_NUMBERS[kind]
@@ -392,13 +392,21 @@ def check_setting(name: str, value: str, *, known: set[str]) -> None:
             ipaddress.IPv4Address(value)
         except ValueError:
             raise ValueError(f"{name} must be an IPv4 address, not {value!r}") from None
-    elif kind == "HOSTS" and not re.fullmatch(r"[\w.-]+( [\w.-]+)*", value, re.ASCII):
-        raise ValueError(f"{name} must be host names, a blank between them, not {value!r}")
-    elif kind == "MODE" and value not in _LOAD_MODES:
-        raise ValueError(f"{name} must be one of {', '.join(_LOAD_MODES)}, not {value!r}")
+    elif kind in _WORDS:
+        pattern, wanted = _WORDS[kind]
+        if not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 
-_LOAD_MODES = ("auto", "none", "mmap", "mlock", "mmap+mlock", "dio")
+_WORDS = {
+    "HOSTS": (r"[\w.-]+( [\w.-]+)*", "host names, a blank between them"),
+    "MODE": (
+        r"auto|none|mmap|mlock|mmap\+mlock|dio",
+        "one of auto, none, mmap, mlock, mmap+mlock, dio",
+    ),
+    "NAME": (r"[a-z0-9][a-z0-9_-]*", "small letters, digits, - and _, a letter or digit first"),
+    "MEMORY": (r"\d+(\.\d+)?[kmgtKMGT]?[bB]?", "a size, as 48g"),
+}
 _WHOLE_NUMBERS = {
     "PORT": (1024, 65535),
     "CONTEXT": (256, 256 * 202752),

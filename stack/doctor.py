@@ -115,7 +115,7 @@ def _find(name: str, check: Callable[[Case], str], case: Case) -> Finding:
 
 
 def _settings(case: Case) -> str:
-    return f"{len(case.project.settings)} settings, {len(case.project.services)} quants"
+    return f"{len(case.project.services)} quants"
 
 
 def _key(case: Case) -> str:

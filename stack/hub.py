@@ -92,7 +92,7 @@ def download(
     for service in services:
         if integrity.is_made_here(service):
             raise StackError(
-                f"{service.model.path.name} is made here, of random weights; no hub has it.",
+                f"{service.model.path.name} is on no hub.",
                 "Name a quant whose file is on the hub.",
                 Code.USAGE,
             )

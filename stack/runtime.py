@@ -140,13 +140,24 @@ def _alone(project: Project, progress: Progress) -> Native:
 
 
 def present(project: Project) -> list[Runtime]:
-    """Return the runtimes that can hold a server here: both, or native alone."""
-    docker = Docker(project)
+    """Return the runtimes that can hold a server here: both, or native alone.
+
+    Raises:
+        StackError: HOST, as `Docker.client`, unless there are native servers to look at.
+
+    """
+    docker, alone = Docker(project), Native(project)
     try:
         docker.check()
     except NoEngineError:
-        return [Native(project)]
-    return [docker, Native(project)]
+        return [alone]
+    except StackError as error:
+        # Whom Docker refuses, or leaves waiting, must reach native servers all the same.
+        if not any(alone.find(service, key="") for service in project.services.values()):
+            raise
+        _log.warning("%s Native servers alone are looked at.", error.cause)
+        return [alone]
+    return [docker, alone]
 
 
 def build(
@@ -337,11 +348,16 @@ def prepare(
         and service.port != held
         and (holder := port_conflict(service.bind, service.port))
     ):
-        raise StackError(
-            f"Port {service.port} on {holder.address} is taken by {holder.holder}.",
-            f"Stop it, or set GLM_{service.quant.upper()}_PORT in .env to another.",
-            Code.PORT,
-        )
+        cause = f"Port {service.port} on {holder.address} is taken by {holder.holder}"
+        remedy = f"Stop it, or set GLM_{service.quant.upper()}_PORT in .env to another."
+        with contextlib.suppress(StackError):
+            own = next((each for _, each in alive(project) if each.port == service.port), None)
+            if own:
+                cause += f", of {own.service.name} ({own.runtime})"
+                remedy = (
+                    f"Put it in its place: `invoke switch --to {service.quant} --{runtime.name}`."
+                )
+        raise StackError(f"{cause}.", remedy, Code.PORT)
     header = ensure_model(project, service, stand_in=stand_in, progress=progress)
     # Before a build of half an hour, too.
     freed = fit.release(replacing) if replacing else None
@@ -489,9 +505,9 @@ def running(project: Project, quant: str | None) -> Server:
     wanted = project.service(quant).quant if quant else None
     found = [server for _, server in alive(project) if wanted in (None, server.service.quant)]
     if not found:
-        raise StackError(
-            f"{quant or 'No quant'} is not running.", "Start it with `invoke up`.", Code.USAGE
-        )
+        cause = f"{quant} is not running." if quant else "Nothing runs."
+        option = f" --quant {quant}" if quant else ""
+        raise StackError(cause, f"Start it with `invoke up{option}`.", Code.USAGE)
     if len({server.service.quant for server in found}) > 1:
         names = ", ".join(server.service.quant for server in found)
         raise StackError(f"{names} are running.", "Name one with --quant.", Code.USAGE)

@@ -181,7 +181,8 @@ def _running(
         return (*others[0], False)
     if not others:
         raise StackError(
-            f"{leave or 'Nothing'} is not running.{_how_the_last_one_ended(project)}",
+            f"{f'{leave} is not running' if leave else 'Nothing runs'}."
+            f"{_how_the_last_one_ended(project)}",
             f"Start {quant} with `invoke up --quant {quant}`.",
             Code.USAGE,
         )

@@ -65,6 +65,8 @@ def plan(
     planned = fit.plans(services, project)
     if json:
         print(dump([_plain(each) for each in planned]))
+    elif not planned:
+        print("None of these needs a GPU.")
     else:
         Console().print(_ledger(planned))
         for each in planned:

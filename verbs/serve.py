@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from stack.runtime import Up
 
 
+LINES = 200
+
+
 @task
 def up(
     _: Context,
@@ -96,12 +99,18 @@ def logs(_: Context, quant: list[str], follow: bool = False) -> None:
     project = read_project()
     runtimes = runtime.present(project)
     for service in select(project, quant or list(project.services)):
-        for where, server in runtime.servers_of(service, runtimes):
+        servers = runtime.servers_of(service, runtimes)
+        failed = runtime.failed_log(runtimes[0], service)
+        if not servers and failed.exists():
+            told = f"{service.name} does not run. Of its last start, which failed ({failed}):"
+            print(told, file=sys.stderr)
+            print(*failed.read_text(errors="replace").splitlines()[-LINES:], sep="\n")
+        for where, server in servers:
             if follow:
                 with contextlib.suppress(KeyboardInterrupt):  # the way to end it
                     where.follow(service)
             else:
-                print(server.logs(200))
+                print(server.logs(LINES))
 
 
 @task

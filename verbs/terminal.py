@@ -4,8 +4,10 @@ import contextlib
 import errno
 import functools
 import inspect
+import io
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -25,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+BARRED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
 BRIEF_S = 2
 DRAWN_S = 0.1
 MANY = 1_000_000
@@ -91,6 +94,8 @@ HELP = {
 
 def task(function: Callable[..., None]) -> Any:
     """Make a task: options described by HELP, errors and Ctrl-C turned into an exit code."""
+    signature = inspect.signature(function)
+    names = signature.parameters
 
     @functools.wraps(function)
     def body(*args: Any, **kwargs: Any) -> None:
@@ -99,23 +104,35 @@ def task(function: Callable[..., None]) -> Any:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         for name in ("stack", "bench"):
             logging.getLogger(name).setLevel(logging.INFO)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # models say what not every terminal can show
+            sys.stdout.reconfigure(errors="replace")
         try:
-            function(*args, **kwargs)
+            function(*args, **{name: given(names[name], kwargs[name]) for name in kwargs})
         except StackError as error:
             raise Exit(str(error), error.code) from None
         except BrokenPipeError:  # whoever read us, as `head` does, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise Exit(code=PIPE_CLOSED) from None
         except OSError as error:
-            if error.errno not in FULL:
-                raise
-            said = f"{error.filename or 'A file'} cannot be written: {error.strerror}.\n"
-            raise Exit(said + "Free some space, or mend the file system.", Code.DISK) from None
+            what = error.filename or "A file"
+            if error.errno in FULL:
+                said = f"{what} cannot be written: {error.strerror}.\n"
+                raise Exit(said + "Free some space, or mend the file system.", Code.DISK) from None
+            if error.errno in BARRED and error.filename:
+                said = f"{what} cannot be used: {error.strerror}.\n"
+                said += f"Mend its owner or mode; this is user {os.getuid()}."
+                raise Exit(said, Code.HOST) from None
+            raise
         except KeyboardInterrupt:
             raise Exit("Interrupted; what was begun is undone.", INTERRUPTED) from None
 
-    names = inspect.signature(function).parameters
-    options = {name.strip("_").replace("_", "-") for name in names}
+    # Invoke would read a number itself, and end in a traceback where it is none.
+    read_here = [
+        each.replace(default=str(each.default)) if type(each.default) in (int, float) else each
+        for each in names.values()
+    ]
+    body.__signature__ = signature.replace(parameters=read_here)  # type: ignore[attr-defined]
+    options = {spelt(name) for name in names}
     return invoke_task(
         body,
         help={option: text for option, text in HELP.items() if option in options},
@@ -123,6 +140,34 @@ def task(function: Callable[..., None]) -> Any:
         positional=[name for name in ("message", "a", "b") if name in names],
         auto_shortflags=False,
     )
+
+
+def spelt(name: str) -> str:
+    """Return a parameter's name as the command line has it."""
+    return name.strip("_").replace("_", "-")
+
+
+def given(parameter: inspect.Parameter, value: Any) -> Any:
+    """Return what a command line gave for a parameter, numbers read from text.
+
+    Raises:
+        StackError: USAGE, for none where one is needed, and for what is no number from 0 on.
+
+    """
+    from stack.errors import Code, StackError
+
+    option, kind = f"--{spelt(parameter.name)}", type(parameter.default)
+    if value is None:
+        raise StackError(f"{option} is missing.", "`invoke --help TASK` describes it.", Code.USAGE)
+    if kind not in (int, float):
+        return value
+    with contextlib.suppress(ValueError):
+        number = kind(value)
+        if 0 <= number < math.inf:
+            return number
+    word = "whole number" if kind is int else "number"
+    cause = f"{option} must be a {word} from 0 on, not {value!r}."
+    raise StackError(cause, "`invoke --help TASK` describes it.", Code.USAGE)
 
 
 @dataclass(frozen=True)
@@ -245,5 +290,6 @@ def select(project: "Project", quant: list[str]) -> "list[Service]":
 
 
 def dump(values: list[dict[str, Any]]) -> str:
-    """Write values as JSON for programs."""
-    return json.dumps(values, indent=1, default=str)
+    """Write values as JSON for programs; what is no finite number, which JSON lacks, is null."""
+    plain = json.loads(json.dumps(values, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=1)

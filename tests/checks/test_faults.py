@@ -81,17 +81,69 @@ def test_no_docker_engine(deployment: Deployment) -> None:
     assert_refused(done, Code.HOST, "No Docker engine answers")
 
 
+@contextlib.contextmanager
+def deaf(folder: Path) -> Iterator[str]:
+    """Yield the address of a Docker engine that hangs."""
+    path = folder / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield f"unix://{path}"
+
+
 @pytest.mark.row("H1", "a Docker engine that hangs", "exit 10, within 10 s")
 def test_hanging_docker_engine(deployment: Deployment) -> None:
-    path = deployment.folder / "docker.sock"
-    with socket.socket(socket.AF_UNIX) as deaf:
-        deaf.bind(str(path))
-        deaf.listen()
+    with deaf(deployment.folder) as address:
         start = time.monotonic()
-        done = deployment.invoke("up", DOCKER_HOST=f"unix://{path}")
+        done = deployment.invoke("up", DOCKER_HOST=address)
 
     assert_refused(done, Code.HOST, "hangs")
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("deployment", ["--native"], indirect=True)
+def test_native_server_can_be_stopped_while_docker_hangs(deployment: Deployment) -> None:
+    assert deployment.up().status == 0
+    with deaf(deployment.folder) as address:
+        done = deployment.invoke("down", DOCKER_HOST=address)
+
+    assert (done.status, done.stdout.splitlines()[0]) == (0, "glm-tiny (native) is stopped.")
+    assert "hangs" in done.stderr
+    assert deployment.nothing_runs()
+
+
+@pytest.mark.parametrize("deployment", ["--docker"], indirect=True)
+def test_deployment_of_the_same_name_is_left_alone(deployment: Deployment, tmp_path: Path) -> None:
+    assert deployment.up().status == 0
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = Deployment(workspace.make(folder, GLM_NAME=deployment.project.name), "--docker")
+
+    assert_refused(other.invoke("down"), Code.USAGE, str(deployment.folder), "GLM_NAME")
+    assert client.complete(deployment.server, "hello", tokens=4).tokens == 4
+
+
+def test_port_taken_by_our_own_server_of_the_other_runtime(deployment: Deployment) -> None:
+    assert deployment.up().status == 0
+    (other,) = {"--docker", "--native"} - {deployment.flag}
+    if other == "--docker":
+        Deployment(deployment.folder, other).require_engine()
+
+    done = deployment.invoke("up", other)
+
+    assert_refused(done, Code.PORT, "of glm-tiny", f"invoke switch --to tiny {other}")
+
+
+def test_log_of_a_start_that_failed_is_shown(deployment: Deployment) -> None:
+    workspace.change(
+        deployment.folder, "compose.yaml", "LLAMA_ARG_DEVICE: none", "LLAMA_ARG_DEVICE: X"
+    )
+    assert_refused(deployment.up(), Code.LOAD, "invoke logs --quant tiny")
+
+    done = deployment.invoke("logs", "--quant", "tiny")
+
+    assert "invalid device: X" in done.stdout
+    assert "glm-tiny.failed.log" in done.stderr
 
 
 @pytest.mark.parametrize(

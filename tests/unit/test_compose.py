@@ -60,12 +60,17 @@ def test_absent_engine_is_no_engine(
             Code.PORT,
             ".env",
         ),
+        (
+            "listen tcp4 10.9.9.9:80: bind: cannot assign requested address",
+            Code.PORT,
+            "GLM_BIND",
+        ),
         ("write /var/lib/docker/x: no space left on device", Code.DISK, "docker system df"),
         ("unknown flag: --project-name\n\nUsage: docker", Code.HOST, "Compose plugin"),
-        ("something else", Code.LOAD, "docker compose ps"),
-        ("", Code.LOAD, "docker compose ps"),
+        ("something else", Code.LOAD, "invoke doctor"),
+        ("", Code.LOAD, "invoke doctor"),
     ],
-    ids=["gpu", "port", "disk", "plugin", "other", "silent"],
+    ids=["gpu", "port", "address", "disk", "plugin", "other", "silent"],
 )
 def test_failure_of_up_is_told_by_its_kind(stderr: str, code: Code, remedy: str) -> None:
     error = failure("up", Result(1, "", stderr))
