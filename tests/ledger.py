@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from stack.wait import WaitTimeoutError
 from tests.workspace import ROOT
 
 RECORD = ROOT / "bench" / "results" / "faults.json"
@@ -39,6 +40,7 @@ Each session of checks is run on something that is broken on purpose, and must f
 a server of other settings, a container with one more right, a proxy that changes what is asked or
 answered, a copy of the program with one line changed, a record with one figure changed.
 """
+VERDICTS = (AssertionError, WaitTimeoutError, pytest.fail.Exception)
 SAID = 160
 """Characters that are kept of what a check said."""
 
@@ -90,13 +92,16 @@ class Ledger:
 
     @contextmanager
     def catching(self, check: Callable[..., object], broken: str, *, says: str) -> Iterator[None]:
-        """Run a check, in the body, on what is broken: it must fail, and its words match `says`."""
+        """Run a check, in the body, on what is broken: it must fail, and its words match `says`.
+
+        Where no words are told, it must fail by an assertion, or by waiting in vain.
+        """
         name = check.__name__.removeprefix("test_")
         try:
             yield
         except (Exception, BaseExceptionGroup, pytest.fail.Exception) as error:
             said = told(error)
-            if not re.search(says, said):
+            if not re.search(says, said) or not (says or isinstance(error, VERDICTS)):
                 raise
             line = next(each for each in said.splitlines() if re.search(says, each))
             line = re.sub(r"/[\w/]*/pytest-\d+/[^/\s]+/", "", line.strip().removeprefix("assert "))

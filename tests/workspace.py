@@ -22,6 +22,7 @@ from stack.server import Server
 
 Started = subprocess.Popen[str]
 ROOT = Path(__file__).parent.parent
+PROGRAM = (sys.executable, "-m", "invoke")
 _LINKED = (
     "bench",
     "compose.gateway.yaml",
@@ -90,7 +91,7 @@ def invoke(
     `env` is this process's own if it is None; `session` gives it a session of its own.
     """
     return subprocess.Popen(
-        [*by, sys.executable, "-m", "invoke", *arguments],
+        [*by, *PROGRAM, *arguments],
         cwd=folder,
         env=env,
         stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ skipped by name, with the reason.
 import inspect
 import io
 import signal
+import sys
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -260,19 +261,58 @@ def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
 
 
 Notice = Callable[..., None]
+NO_PATCH: Mapping[str, object] = {}
+Broken = tuple[str, dict[str, object]]
+"""What is broken, in words, and how: what `notice` takes."""
+IDLE: Broken = ("a program that does nothing, and says that all is well", {"program": ""})
+CRASHES: Broken = ("a program that crashes", {"program": "1/0"})
 
 
 @pytest.fixture
-def notice(request: pytest.FixtureRequest, ledger: Ledger) -> Notice:
-    """Run a check with something broken for one of its fixtures: it must fail, and say so."""
+def notice(
+    request: pytest.FixtureRequest, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> Notice:
+    """Run a check on something broken: it must fail, by an assertion or in the words `says`.
 
-    def run(check: Callable[..., None], broken: str, *, says: str, **given: Any) -> None:
+    What is not given comes from the check's fixtures, or is the first of its parameters. `program`
+    is Python that runs in the place of `invoke`; `patch` puts values in the place of others, by
+    their names.
+    """
+
+    def run(
+        check: Callable[..., None],
+        broken: str,
+        *,
+        says: str = "",
+        program: str | None = None,
+        patch: Mapping[str, object] = NO_PATCH,
+        **given: Any,
+    ) -> None:
+        known = {"ledger": Ledger("negative"), **first_case(check), **given}
         names = inspect.signature(check).parameters
-        values = {n: given[n] if n in given else request.getfixturevalue(n) for n in names}
-        with ledger.catching(check, broken, says=says):
+        values = {n: known[n] if n in known else request.getfixturevalue(n) for n in names}
+        with monkeypatch.context() as now, ledger.catching(check, broken, says=says):
+            if program is not None:
+                now.setattr(workspace, "PROGRAM", (sys.executable, "-c", program))
+            for name, value in patch.items():
+                now.setattr(name, value)
             check(**values)
 
     return run
+
+
+def first_case(check: Callable[..., None]) -> dict[str, Any]:
+    """Return the first values that a check is parametrized with."""
+    found: dict[str, Any] = {}
+    for mark in getattr(check, "pytestmark", ()):
+        if mark.name == "parametrize":
+            names, (first, *_) = mark.args
+            several = not isinstance(names, str)
+            cells = getattr(first, "values", first) if several else [first]
+            indirect = mark.kwargs.get("indirect", ())
+            made = dict(zip(names if several else [names], cells, strict=True))
+            found |= {n: v for n, v in made.items() if indirect is not True and n not in indirect}
+    return found
 
 
 _SERVERS: list[Server] = []

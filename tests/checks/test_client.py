@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from stack.config import Project
 from stack.errors import Code
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import RUNTIMES, Notice, Target, skip_unasked
+from tests.checks.conftest import IDLE, RUNTIMES, Broken, Notice, Target, skip_unasked
 
 HERE = Path(__file__).parent / "opencode"
 LIMIT_S = 120
@@ -402,3 +402,51 @@ def test_clean_lists_then_removes_its_own(own: tuple[Project, str]) -> None:
 
 def service_key(project: Project) -> Path:
     return project.service("tiny").key_file
+
+
+UNLIKE: dict[Callable[..., None], Broken] = {
+    **dict.fromkeys(
+        (
+            test_host_where_no_server_answers,
+            test_wrong_key_is_told,
+            test_write_refuses_what_it_would_damage,
+            test_clean_lists_then_removes_its_own,
+        ),
+        IDLE,
+    ),
+    test_configuration_for_another_machine: (IDLE[0], IDLE[1] | {"says": "No such file"}),
+}
+
+
+@pytest.mark.parametrize("own", ["native"], indirect=True)
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+@pytest.mark.usefixtures("own", "server")
+def test_what_is_unlike_is_noticed(
+    target: Target, notice: Notice, check: Callable[..., None]
+) -> None:
+    if target.runtime != "native":
+        pytest.skip("shown natively")
+    broken, how = UNLIKE[check]
+
+    notice(check, broken, **how)
+
+
+DEAF = (
+    test_opencode_gets_an_answer,
+    test_tool_call_and_its_result_through_the_client_package,
+    test_tool_call_by_plain_http,
+)
+
+
+@pytest.mark.parametrize("check", DEAF, ids=lambda check: check.__name__)
+def test_server_that_does_not_know_the_key_is_noticed(
+    printed: Path, notice: Notice, check: Callable[..., None]
+) -> None:
+    document = json.loads(printed.read_text())
+    ((_, each),) = document["provider"].items()
+    wrong = printed.with_name("wrong-key")
+    wrong.write_text("wrong\n")
+    each["options"]["apiKey"] = f"{{file:{wrong}}}"
+    printed.write_text(json.dumps(document))
+
+    notice(check, "a configuration with another key", says="assert|401")

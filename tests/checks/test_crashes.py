@@ -163,7 +163,6 @@ def test_forged_end_is_noticed(patient: Patient, notice: Notice) -> None:
             says="forged",
             moment="in prefill",
             patient=replace(patient, server=proxy),
-            ledger=Ledger("negative"),
         )
 
 
@@ -290,7 +289,6 @@ def test_model_that_answers_wrong_is_noticed(copied: Patient, notice: Notice) ->
             says="answers_right|False",
             harm=delete,
             copied=replace(copied, server=proxy),
-            ledger=Ledger("negative"),
         )
 
 
@@ -308,7 +306,6 @@ def test_memory_enough_is_noticed(
             test_out_of_memory_is_named,
             "a server with memory enough",
             says="DID NOT RAISE",
-            ledger=Ledger("negative"),
         )
     finally:
         Docker(config.load(tmp_path)).compose("down")

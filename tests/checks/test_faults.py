@@ -17,11 +17,11 @@ import pytest
 
 from stack import client, engine, fit, host, keys, runtime, status
 from stack.compose import Docker
-from stack.engine_log import allocation
+from stack.engine_log import Allocation, allocation
 from stack.errors import Code, StackError
 from stack.wait import wait_until
 from tests import clients, workspace
-from tests.checks.conftest import Notice, skip_unasked
+from tests.checks.conftest import CRASHES, IDLE, Broken, Notice, skip_unasked
 from tests.daemon import Daemon
 from tests.ledger import Ledger
 from tests.workspace import Deployment, Started
@@ -70,8 +70,10 @@ def test_bad_setting(deployment: Deployment, line: str) -> None:
     number = len(env.read_text().splitlines()) + len(line.splitlines())
     env.write_text(env.read_text() + line)
 
-    assert_refused(deployment.up(), Code.USAGE, f".env, line {number}: ")
+    done = deployment.up()
+
     env.write_text("")
+    assert_refused(done, Code.USAGE, f".env, line {number}: ")
 
 
 @pytest.mark.row("H1", "no Docker engine", "exit 10, said so")
@@ -421,11 +423,10 @@ def interrupt(
     "L9", "Ctrl-C at eight moments of a start", "nothing runs, or it is up; the next start serves"
 )
 def test_interrupted_up_leaves_nothing(deployment: Deployment, delay_s: float) -> None:
-    process = deployment.start("up", deployment.flag)
-    locked_by(deployment, process.pid)
-    moment = time.monotonic() + delay_s
-
-    done = interrupt(process, when=lambda: time.monotonic() > moment)
+    with deployment.start("up", deployment.flag) as process:
+        locked_by(deployment, process.pid)
+        moment = time.monotonic() + delay_s
+        done = interrupt(process, when=lambda: time.monotonic() > moment)
 
     assert "Traceback" not in done.stderr
     assert deployment.nothing_runs() == ("is up" not in done.stdout), done
@@ -591,13 +592,13 @@ BROKEN: dict[str, tuple[Callable[..., None], dict[str, object], tuple[str, str, 
     ),
     "a log that nobody bounds": (
         test_log_of_a_server_that_says_much_is_bounded,
-        {"ledger": Ledger("negative")},
+        {},
         ("stack/bounded_log.py", "log.stat().st_size < most_bytes", "True"),
         r"\d,\d{3},\d{3}",
     ),
     "a full disk that nobody tells of": (
         test_full_disk_under_logs_and_records,
-        {"ledger": Ledger("negative")},
+        {},
         ("verbs/terminal.py", "error.errno not in FULL", "True"),
         "status=1,",
     ),
@@ -610,4 +611,54 @@ def test_broken_program_is_noticed(deployment: Deployment, notice: Notice, broke
     check, given, (path, old, new), says = BROKEN[broken]
     workspace.change(deployment.folder, path, old, new)
 
-    notice(check, broken, says=says, deployment=deployment, **given)
+    notice(check, broken, says=says, **given)
+
+
+NOT_THERE = {"says": "is not running"}
+UNLIKE: dict[Callable[..., None], Broken] = {
+    **dict.fromkeys(
+        (
+            test_unknown_quant,
+            test_bad_setting,
+            test_no_docker_engine,
+            test_hanging_docker_engine,
+            test_broken_model,
+            test_unusable_key,
+            test_key_that_the_server_cannot_read,
+            test_disk_too_small_for_a_stand_in,
+            test_up_twice,
+            test_interrupted_up_leaves_nothing,
+            test_interrupted_stand_in_leaves_nothing,
+            test_interrupted_build_leaves_the_old_engine,
+            test_killed_up_leaves_a_lock_and_a_server_that_the_next_one_takes_over,
+        ),
+        IDLE,
+    ),
+    test_killed_while_it_streams: (IDLE[0], IDLE[1] | NOT_THERE),
+    test_down_when_nothing_runs: CRASHES,
+    test_killed_while_it_loads: CRASHES,
+    test_stalled_load_is_given_up_by_its_silence: (
+        "a signal that nobody sends",
+        {"patch": {"os.kill": lambda *_: None}},
+    ),
+    test_loaded_but_not_on_the_gpu: (
+        "an engine that says that all is on the GPU",
+        {"patch": {f"{__name__}.allocation": lambda _: Allocation(1e6, 1, 1, 9, 9)}},
+    ),
+}
+
+
+@pytest.mark.parametrize("deployment", ["--native"], indirect=True)
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+@pytest.mark.usefixtures("deployment")
+def test_what_is_unlike_is_noticed(notice: Notice, check: Callable[..., None]) -> None:
+    broken, how = UNLIKE[check]
+
+    notice(check, broken, **how)
+
+
+@pytest.mark.parametrize("deployment", ["--docker"], indirect=True)
+@pytest.mark.parametrize("own_engine", ["100m"], indirect=True)
+@pytest.mark.usefixtures("own_engine", "deployment")
+def test_start_that_does_nothing_on_a_full_disk_is_noticed(notice: Notice) -> None:
+    notice(test_full_disk_under_dockers_data, IDLE[0], **IDLE[1], **NOT_THERE)

@@ -28,7 +28,7 @@ from stack.errors import Code
 from stack.native import Native
 from stack.wait import wait_until
 from tests import workspace
-from tests.checks.conftest import Notice
+from tests.checks.conftest import IDLE, Broken, Notice
 from tests.hub import ALWAYS, CDN, Fault, Hub
 from tests.workspace import Started
 
@@ -38,6 +38,7 @@ OWN = {f".download/{name}" for name in (host.MARKER, "lock", "verified.json")}
 TOKEN = "hf_that-nobody-may-see"
 TAIL_BYTES = 32 << 20  # so that the file is several of the library's chunks long
 NO_MORE: Mapping[str, str] = {}
+PATIENCE_S = 60
 BIG_BYTES = 1 << 29  # takes half a second to hash
 MOMENTS = [random.Random(seed).random() for seed in range(20)]
 GATING = b"deepseek2.expert_gating_func" + struct.pack("<I", 4)
@@ -504,7 +505,7 @@ def test_tool_that_calls_it_a_success(in_container: Deployment, script: str) -> 
 
 def await_(begun: Callable[[], object]) -> None:
     """Wait until a command has got somewhere."""
-    wait_until(lambda: begun() or None, timeout_s=60, what="the moment", interval_s=0.001)
+    wait_until(lambda: begun() or None, timeout_s=PATIENCE_S, what="the moment", interval_s=0.001)
 
 
 @contextlib.contextmanager
@@ -672,4 +673,55 @@ def test_broken_program_is_noticed(deployment: Deployment, notice: Notice, broke
     check, given, (old, new), says = BROKEN[broken]
     workspace.change(deployment.folder, "stack/integrity.py", old, new)
 
-    notice(check, broken, says=says, deployment=deployment, **given)
+    notice(check, broken, says=says, **given)
+
+
+NO_FILE = {"says": "No such file|not enough values|Expecting value"}
+NOBODY_KILLS: Broken = (
+    "a kill that kills nobody",
+    {"patch": {"subprocess.Popen.kill": lambda _: None}},
+)
+UNLIKE: dict[Callable[..., None], Broken] = {
+    **dict.fromkeys(
+        (
+            test_passing_fault_is_got_over,
+            test_fault_is_named_and_nothing_of_it_served,
+            test_hub_out_of_reach,
+            test_published_file_that_is_no_such_model,
+            test_downloaded_once_it_is_served_and_needs_no_network,
+            test_offline_names_what_is_missing,
+            test_failed_update_leaves_the_old_file_served,
+            test_branch_that_moves_between_two_tries,
+            test_partial_file_that_a_tool_called_complete,
+            test_engine_older_than_the_model_needs,
+            test_split_model_is_downloaded_verified_and_served_as_one,
+            test_container_downloads_for_the_host,
+            test_tool_that_calls_it_a_success,
+            test_disk_too_small_is_told_before_the_first_byte,
+            test_disk_that_is_read_only,
+            test_two_downloads_at_once,
+            test_disk_full_at_60_percent,
+        ),
+        (IDLE[0], IDLE[1] | {"patch": {f"{__name__}.PATIENCE_S": 1}}),
+    ),
+    **dict.fromkeys(
+        (
+            test_lock_names_commit_size_and_hash,
+            test_locked_commit_is_kept_until_update,
+            test_commit_with_other_content_than_locked_is_refused,
+            test_listing_tells_what_each_file_is,
+            test_half_written_notes_of_a_killed_run_go,
+        ),
+        (IDLE[0], IDLE[1] | NO_FILE),
+    ),
+    test_killed_while_it: NOBODY_KILLS,
+    test_killed_while_it_hashes_a_file_that_changed: NOBODY_KILLS,
+}
+
+
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+@pytest.mark.usefixtures("deployment")
+def test_what_is_unlike_is_noticed(notice: Notice, check: Callable[..., None]) -> None:
+    broken, how = UNLIKE[check]
+
+    notice(check, broken, **how)

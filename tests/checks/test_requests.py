@@ -190,7 +190,6 @@ def test_other_outcome_is_noticed(ward: Ward, notice: Notice) -> None:
         "a record of 400 for what is answered 500",
         says="another outcome",
         case=other,
-        ledger=Ledger("negative"),
         ward=ward,
     )
 
@@ -206,7 +205,6 @@ def test_server_that_dies_is_noticed(ward: Ward, notice: Notice) -> None:
             "a server that is killed meanwhile",
             says="another outcome",
             case=harmless,
-            ledger=Ledger("negative"),
             ward=ward,
         )
 
@@ -317,5 +315,4 @@ def test_other_context_is_noticed(
         says="200, 400|stop_type|error",
         length="one token more",
         narrow=narrow,
-        ledger=Ledger("negative"),
     )

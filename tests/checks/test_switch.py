@@ -28,12 +28,12 @@ from bench import answers
 from stack import client, config, gpu, host, keys, runtime
 from stack import switch as subject
 from stack.compose import Docker, NoEngineError
-from stack.config import Service
+from stack.config import Project, Service
 from stack.errors import Code, StackError
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 from tests import workspace
-from tests.checks.conftest import Notice, skip_unasked
+from tests.checks.conftest import IDLE, Broken, Notice, skip_unasked
 from tests.checks.test_faults import INTERRUPTED, interrupt
 from tests.ledger import Ledger
 from tests.workspace import Deployment
@@ -50,6 +50,8 @@ DEGRADES = {"LLAMA_ARG_CACHE_TYPE_K": "q4_0", "LLAMA_ARG_CACHE_TYPE_V": "q4_0"}
 """Short answers are right all the same; the log-probabilities tell."""
 PHASES = ("check", "drain", "stop", "start", "prove")
 ROUNDS = 20
+PATIENCE_S = 60
+"""Until a switch has come to a phase."""
 
 
 class Pair(Deployment):
@@ -441,7 +443,7 @@ def test_after_a_killed_switch_the_next_command_knows_how_far_it_came(pair: Pair
     with pair.start("switch", "--to", new) as process:
         wait_until(
             lambda: at(pair, process.pid, "start") or None,
-            timeout_s=60,
+            timeout_s=PATIENCE_S,
             interval_s=0.002,
             what="no start",
         )
@@ -497,7 +499,9 @@ def test_what_is_removed_by_hand_meanwhile_is_replaced_all_the_same(pair: Pair) 
     server = pair.ensure("tiny")
     answer = Answer(server, 8000)
     with pair.start("switch", "--to", "exact") as process:
-        wait_until(lambda: at(pair, process.pid, "drain") or None, timeout_s=120, what="no drain")
+        wait_until(
+            lambda: at(pair, process.pid, "drain") or None, timeout_s=PATIENCE_S, what="no drain"
+        )
         remove_by_hand(pair, server)
         _, err = process.communicate(timeout=60)
     answer.join()
@@ -590,17 +594,22 @@ def test_many_switches_under_load_leave_nothing_behind(pair: Pair, ledger: Ledge
         "R3", "restarted again and again under load", expected=expected, target=pair.target
     ) as row:
         row.inputs = ROUNDS
+        there_and_back(pair)  # what a first one makes stays: its record, each quant's log
         before = traces(pair)
         with Asking(server) as asking:
-            for number in range(row.inputs):
-                quant = "exact" if number % 2 == 0 else "tiny"
-                subject.switch(pair.project, quant, same_port=True, drain_s=2)
+            for _ in range(row.inputs // 2):
+                there_and_back(pair)
 
         assert asking.wrong == []
         assert len(asking.right_at) > row.inputs
         assert pair.serving().service.quant == "tiny"
         assert traces(pair) == before
         row.found = "as expected"
+
+
+def there_and_back(pair: Pair) -> None:
+    for quant in ("exact", "tiny"):
+        subject.switch(pair.project, quant, same_port=True, drain_s=2)
 
 
 def traces(pair: Pair) -> dict[str, object]:
@@ -657,6 +666,12 @@ BROKEN: dict[str, tuple[Callable[..., None], dict[str, object], tuple[str, str],
         ("_, record.gap_s = _launch(old, stopped)", "record.gap_s = 0.0"),
         "not enough values",
     ),
+    "a switch that forgets what was chosen": (
+        test_old_one_comes_back_with_what_was_chosen_for_it_and_its_file,
+        {},
+        (".choosing(service.chosen)", ".choosing({})"),
+        "",
+    ),
 }
 
 
@@ -665,4 +680,55 @@ BROKEN: dict[str, tuple[Callable[..., None], dict[str, object], tuple[str, str],
 def test_broken_switch_is_noticed(pair: Pair, notice: Notice, broken: str) -> None:
     check, given, (old, new), says = BROKEN[broken]
     with workspace.changed(pair.folder, "stack/switch.py", old, new):
-        notice(check, broken, says=says, pair=pair, **given)
+        notice(check, broken, says=says, **given)
+
+
+def leaving_a_file(project: Project, *_: object, **__: object) -> None:
+    (project.state / f"left-{time.monotonic()}").touch()
+
+
+UNLIKE: dict[Callable[..., None], Broken] = {
+    **dict.fromkeys(
+        (
+            test_a_client_of_the_same_port_sees_nothing_but_the_gap,
+            test_back_again_each_keeps_its_port,
+            test_a_second_identical_switch_changes_nothing,
+            test_an_answer_that_outlasts_the_budget_is_cut_and_told,
+            test_what_cannot_start_leaves_the_old_one_alone,
+            test_a_taken_port_leaves_the_old_one_alone,
+            test_when_neither_comes_up_nothing_is_left_and_it_is_said,
+            test_of_two_switches_at_once_one_wins,
+            test_interrupted_in_each_phase_one_of_the_two_answers,
+            test_interrupted_while_the_old_one_comes_back_it_comes_back,
+            test_after_a_killed_switch_the_next_command_knows_how_far_it_came,
+            test_what_was_removed_by_hand_is_no_server_to_replace,
+            test_what_is_removed_by_hand_meanwhile_is_replaced_all_the_same,
+            test_env_file_wins_over_an_exported_variable,
+            test_a_server_whose_settings_changed_since_could_not_come_back,
+            test_from_one_runtime_to_the_other_and_back,
+            test_native_and_docker_side_by_side,
+            test_a_corrupt_record_is_moved_aside,
+        ),
+        (IDLE[0], IDLE[1] | {"patch": {f"{__name__}.PATIENCE_S": 1}}),
+    ),
+    test_sigterm_ends_a_server_with_0: (
+        "SIGKILL for SIGTERM",
+        {"patch": {"signal.SIGTERM": signal.SIGKILL}},
+    ),
+    test_many_switches_under_load_leave_nothing_behind: (
+        "a switch that leaves a file",
+        {"patch": {"stack.switch.switch": leaving_a_file, f"{__name__}.ROUNDS": 2}},
+    ),
+}
+"""Where the program does nothing, it finds what these start from."""
+FROM = {test_back_again_each_keeps_its_port: "exact"}
+
+
+@pytest.mark.parametrize("pair", ["--native"], indirect=True)
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+def test_what_is_unlike_is_noticed(pair: Pair, notice: Notice, check: Callable[..., None]) -> None:
+    broken, how = UNLIKE[check]
+    (pair.project.state / "switch.json").unlink(missing_ok=True)  # which one check makes corrupt
+    pair.ensure(FROM.get(check, "tiny"))
+
+    notice(check, broken, **how)

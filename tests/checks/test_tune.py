@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from stack import client, host
 from stack.errors import Code
 from stack.wait import wait_until
 from tests import workspace
-from tests.checks.conftest import Notice, skip_unasked
+from tests.checks.conftest import IDLE, Broken, Notice, skip_unasked
 from tests.checks.test_faults import INTERRUPTED, assert_refused
 from tests.workspace import Deployment
 
@@ -206,6 +206,7 @@ def test_bad_input_is_refused(tuning: Tuning, arguments: list[str], words: str) 
 
 
 @pytest.mark.parametrize("tuning", ["--native"], indirect=True)
+@pytest.mark.usefixtures("tuned")  # while nothing serves
 def test_tune_that_disturbs_what_serves_is_noticed(tuning: Tuning, notice: Notice) -> None:
     guard = "if ours and not replace_running:"
     with workspace.changed(tuning.folder, "bench/tune.py", guard, "if False:"):
@@ -213,7 +214,6 @@ def test_tune_that_disturbs_what_serves_is_noticed(tuning: Tuning, notice: Notic
             test_what_serves_is_not_disturbed_unless_asked_to_and_comes_back,
             "a tune that replaces what serves unasked",
             says="status=0",
-            tuning=tuning,
         )
 
 
@@ -227,5 +227,29 @@ def test_profile_that_is_taken_for_another_engine_is_noticed(
             test_a_profile_of_another_engine_is_passed_over,
             "an `up` that takes any profile",
             says="is of another engine",
-            tuning=tuning,
         )
+
+
+NO_TUNE: dict[str, object] = {"tuned": host.Result(0, "", "")}
+UNLIKE: dict[Callable[..., None], Broken] = {
+    test_an_interrupted_tune_goes_on: ("a tune that did nothing", NO_TUNE),
+    test_candidates_that_crash_are_kept_with_the_reason: (
+        "no candidate that crashes",
+        {**NO_TUNE, "patch": {f"{__name__}.CRASHING": {}}},
+    ),
+    test_up_serves_as_tuned_and_says_so: IDLE,
+    test_what_serves_comes_back_from_an_interrupted_tune: IDLE,
+    test_bad_input_is_refused: IDLE,
+}
+
+
+@pytest.mark.parametrize("tuning", ["--native"], indirect=True)
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+def test_what_is_unlike_is_noticed(
+    tuning: Tuning, tuned: host.Result, notice: Notice, check: Callable[..., None]
+) -> None:
+    assert tuned.status == 0
+    broken, how = UNLIKE[check]
+    tuning.invoke("up", tuning.flag)
+
+    notice(check, broken, **how)

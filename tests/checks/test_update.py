@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,7 +22,7 @@ from stack.config import Project
 from stack.errors import Code
 from stack.wait import wait_until
 from tests import workspace
-from tests.checks.conftest import Notice
+from tests.checks.conftest import CRASHES, IDLE, Notice
 
 SAMPLED = "                id = common_sampler_sample(slot.smpl.get(), slot.ctx_tgt, tok_idx);\n"
 SERVER = Path("tools") / "server" / "server-context.cpp"
@@ -339,7 +339,6 @@ def test_record_that_nobody_checks_is_noticed(deployment: Deployment, notice: No
             "a record that nobody checks",
             says="Traceback",
             text="[]",
-            deployment=deployment,
         )
 
 
@@ -351,6 +350,32 @@ def test_update_that_asks_nothing_is_noticed(deployment: Deployment, notice: Not
             test_engine_that_answers_wrong,
             "an update that asks a candidate nothing",
             says="status=0",
-            deployment=deployment,
         )
     assert deployment.invoke("rollback").status == 0
+
+
+UNLIKE = {
+    **dict.fromkeys(
+        (
+            test_nothing_to_go_back_to,
+            test_engine_that_cannot_be_had,
+            test_engine_that_does_not_compile,
+            test_engine_that_is_slow,
+            test_moved_and_back,
+            test_interrupted_in_the_take_over,
+            test_engine_that_fails_after_the_take_over,
+            test_neither_engine_serves,
+            test_earlier_engine_that_is_gone,
+        ),
+        IDLE,
+    ),
+    test_pinned_engine_by_its_commit: CRASHES,
+}
+
+
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+@pytest.mark.usefixtures("deployment")
+def test_what_is_unlike_is_noticed(notice: Notice, check: Callable[..., None]) -> None:
+    broken, how = UNLIKE[check]
+
+    notice(check, broken, **how)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -495,45 +495,89 @@ def seen_to_be_stopped(watched: Watched) -> bool | None:
     return kept.get("tiny docker", {}).get("stopped") or None
 
 
-@NATIVE
-def test_watch_that_never_acts_is_noticed(
-    watched: Watched, notice: Notice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workspace.change(watched.folder, "stack/watch.py", ">= trouble.limit_s", "< 0")
-    monkeypatch.setattr("tests.checks.test_watch.PATIENCE_S", 15)
+# --- What is broken in the program, each of which a check above must notice.
 
-    notice(
-        test_frozen_server_is_restarted_after_the_limit,
-        "a watch that never acts",
-        says="not among",
-        watched=watched,
-    )
-    os.kill(watched.pid, signal.SIGCONT)
-
-
-@NATIVE
-def test_watch_that_never_gives_up_is_noticed(
-    watched: Watched, notice: Notice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spent = "spent = len(case.restarts) >= self.limits.budget"
-    workspace.change(watched.folder, "stack/watch.py", spent, "spent = False")
-    monkeypatch.setattr("tests.checks.test_watch.PATIENCE_S", 15)
-
-    notice(
-        test_spent_budget_ends_in_a_diagnosis,
-        "a watch that never gives up",
-        says="'gave up' not among",
-        watched=watched,
-    )
-
-
-@NATIVE
-def test_watch_that_takes_work_for_trouble_is_noticed(watched: Watched, notice: Notice) -> None:
-    workspace.change(watched.folder, "stack/watch.py", '("ready", "busy")', '("ready",)')
-
-    notice(
-        test_busy_server_is_left_alone,
+WATCH = "stack/watch.py"
+NEVER_ACTS = (WATCH, ">= trouble.limit_s", "< 0")
+ALWAYS_ACTS = (WATCH, '("ready", "busy")', "()")
+BROKEN: dict[Callable[..., None], tuple[str, tuple[str, str, str], str]] = {
+    **dict.fromkeys(
+        (
+            test_killed_server_is_back,
+            test_frozen_server_is_restarted_after_the_limit,
+            test_load_that_stalls_is_restarted,
+            test_server_that_decodes_nothing_is_restarted_though_its_health_is_good,
+            test_server_that_fails_every_request_is_restarted_though_its_health_is_good,
+            test_end_in_good_order,
+            test_clock_that_is_set_between_two_faults,
+        ),
+        ("a watch that never acts", NEVER_ACTS, "not among"),
+    ),
+    **dict.fromkeys(
+        (
+            test_frozen_server_that_goes_on_before_the_limit_is_left_alone,
+            test_busy_server_is_left_alone,
+            test_mistakes_of_clients_cost_no_cached_prompt,
+            test_look_on_a_timer,
+        ),
+        ("a watch that takes work for trouble", ALWAYS_ACTS, "restart 1 of 3"),
+    ),
+    test_clock_that_is_set_while_it_serves: (
         "a watch that takes work for trouble",
-        says="restart 1 of 3",
-        watched=watched,
+        ALWAYS_ACTS,
+        "'cut' != 'whole'",
+    ),
+    test_load_that_moves_is_never_ended: (
+        "a watch that sees nothing move",
+        (WATCH, "            if moved:", "            if False:"),
+        "restart 1 of 3",
+    ),
+    test_spent_budget_ends_in_a_diagnosis: (
+        "a watch that never gives up",
+        (WATCH, "spent = len(case.restarts) >= self.limits.budget", "spent = False"),
+        "'gave up' not among",
+    ),
+    test_restart_that_answers_wrong_is_none: (
+        "a watch that asks nothing of a restart",
+        (WATCH, ", answers=self._answers)", ")"),
+        "'the restart failed' not among",
+    ),
+    test_restart_that_was_interrupted_is_taken_up_again: (
+        "a watch that forgets its restart",
+        (WATCH, "case.wanted = True", "case.wanted = False"),
+        "'serves again' not among",
+    ),
+    test_second_watch_is_refused: (
+        "a lock that nobody holds",
+        ("stack/host.py", "fcntl.flock(", "(lambda *_: None)("),
+        "0 == 3",
+    ),
+}
+
+
+@NATIVE
+@pytest.mark.parametrize("check", BROKEN, ids=lambda check: check.__name__)
+def test_broken_watch_is_noticed(
+    watched: Watched, notice: Notice, check: Callable[..., None]
+) -> None:
+    broken, change, says = BROKEN[check]
+    workspace.change(watched.folder, *change)
+
+    notice(check, broken, says=says, patch={f"{__name__}.PATIENCE_S": 6})
+    with contextlib.suppress(StackError):
+        os.kill(watched.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("watched", ["docker"], indirect=True)
+def test_watch_that_leaves_down_what_docker_ended_is_noticed(
+    own_engine: Daemon, watched: Watched, notice: Notice
+) -> None:
+    workspace.change(watched.folder, *NEVER_ACTS)
+
+    notice(
+        test_docker_engine_that_restarts,
+        "a watch that never acts",
+        says="'serves again' not among",
+        patch={f"{__name__}.PATIENCE_S": 15},
+        own_engine=own_engine,
     )
