@@ -30,12 +30,15 @@ def proxied(
     *,
     asked: Callable[[bytes], bytes] = same,
     lost: bytes = b"",
+    status: int | None = None,
 ) -> Iterator[Server]:
     """Put a proxy before a server, open to all, that changes the body of each chat answer.
 
     `asked` changes the body of every request; `lost` is what it answers where the server breaks
-    off: nothing, or something made up.
+    off: nothing, or something made up. With a `status`, every answer has that.
     """
+
+    always = status
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -54,7 +57,7 @@ def proxied(
         do_GET = do_POST  # noqa: N815  # its base asks for that name
 
         def reply(self, status: int, content: bytes) -> None:
-            self.send_response(status)
+            self.send_response(always or status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

@@ -262,7 +262,7 @@ def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
 
 Notice = Callable[..., None]
 NO_PATCH: Mapping[str, object] = {}
-Broken = tuple[str, dict[str, object]]
+Broken = tuple[str, dict[str, Any]]
 """What is broken, in words, and how: what `notice` takes."""
 IDLE: Broken = ("a program that does nothing, and says that all is well", {"program": ""})
 CRASHES: Broken = ("a program that crashes", {"program": "1/0"})

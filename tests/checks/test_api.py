@@ -19,7 +19,7 @@ from stack import client
 from stack.server import Server
 from stack.wait import wait_until
 from tests import hostile
-from tests.checks.conftest import Target
+from tests.checks.conftest import Notice, Target
 from tests.checks.test_network import PROTECTED
 from tests.ledger import Ledger
 from tests.workspace import ROOT
@@ -280,3 +280,17 @@ def test_unknown_error_of_the_server_is_noticed(
         test_what_it_does_not_allow_harms_nobody, "no error is known", says="an unknown 500"
     ):
         try_route(server, described(), "/tokenize", OTHER)
+
+
+def test_route_that_is_not_tried_is_noticed(
+    notice: Notice, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target.runtime == "docker":
+        pytest.skip("shown once")
+    monkeypatch.delitem(ROUTES, "/props")
+
+    notice(
+        test_every_route_described_is_tried_and_none_but_health_is_open,
+        "a route that is not tried",
+        says="/props",
+    )

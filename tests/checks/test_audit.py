@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from stack import host
 from tests import audit
 from tests.audit import NoDataError, Weakness
+from tests.checks.conftest import Notice
 from tests.ledger import Ledger
 from tests.workspace import ROOT
 
@@ -41,18 +43,37 @@ def test_python_packages_have_no_known_weakness(locked: Path) -> None:
     assert judged(weaknesses(locked)) == []
 
 
-def test_a_weak_package_is_noticed(tmp_path: Path, ledger: Ledger) -> None:
-    (tmp_path / "weak.txt").write_text(WEAK)
-    found = weaknesses(tmp_path / "weak.txt")
-
-    with ledger.catching(
-        test_python_packages_have_no_known_weakness, WEAK.strip(), says="requests"
-    ):
-        assert judged(found) == []
-
-
 def test_cuda_packages_have_no_known_weakness() -> None:
     assert judged(weaknesses(ROOT / "docker" / "cuda-toolkit.txt")) == []
+
+
+PYTHON = pytest.mark.parametrize(
+    "check",
+    [test_python_packages_have_no_known_weakness, test_cuda_packages_have_no_known_weakness],
+    ids=lambda check: check.__name__,
+)
+
+
+@PYTHON
+def test_a_weak_package_is_noticed(
+    tmp_path: Path, notice: Notice, check: Callable[..., None]
+) -> None:
+    weak = tmp_path / "weak.txt"
+    weak.write_text(WEAK)
+    found = weaknesses(weak)
+
+    notice(check, WEAK.strip(), says="requests", patch={f"{__name__}.weaknesses": lambda _: found})
+
+
+@PYTHON
+def test_weakness_that_nobody_excepted_is_noticed(
+    notice: Notice, check: Callable[..., None]
+) -> None:
+    """Needs nobody's data: it is known."""
+    known = Weakness("CVE-2018-18074", "requests", "2.19.0")
+
+    patch = {f"{__name__}.weaknesses": lambda _: [known]}
+    notice(check, f"{known.id} in {WEAK.strip()}", says=known.id, patch=patch)
 
 
 def outdated(bill: str) -> list[Weakness]:
@@ -76,12 +97,3 @@ def test_an_old_debian_package_is_noticed(bill: str, ledger: Ledger) -> None:
     check = test_debian_packages_in_the_image_are_the_newest
     with ledger.catching(check, "libc6 of last year", says="libc6"):
         assert judged(found) == []
-
-
-def test_weakness_that_nobody_excepted_is_noticed(ledger: Ledger) -> None:
-    """Needs nobody's data: it is known."""
-    known = Weakness("CVE-2018-18074", "requests", "2.19.0")
-
-    check = test_python_packages_have_no_known_weakness
-    with ledger.catching(check, f"{known.id} in {WEAK.strip()}", says=known.id):
-        assert judged([known]) == []

@@ -29,7 +29,7 @@ from stack.host import Result, run
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import Notice, Target
+from tests.checks.conftest import Broken, Notice, Target
 
 Logged = tuple[Server, Path]
 
@@ -346,4 +346,64 @@ def test_patches_taken_for_one_another_are_noticed(
         "the engine without patches in the place of ours",
         says="< 5",
         side_by_side=side_by_side[::-1],
+    )
+
+
+def nothing(*_: object, **__: object) -> None:
+    """Stand for a step that is left out."""
+
+
+LETS_PASS: Broken = (
+    "a gate that lets all pass",
+    {"patch": {"stack.compose.Docker.audit": nothing}},
+)
+UNLIKE: dict[Callable[..., None], Broken] = {
+    test_gate_refuses_an_image_of_another_build: LETS_PASS,
+    test_gate_refuses_an_image_that_is_not_there: LETS_PASS,
+    test_image_with_model_is_refused_where_docker_has_no_room: (
+        "a copy that looks for no room",
+        {"patch": {"stack.compose.Docker.include_model": nothing}},
+    ),
+}
+
+
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+def test_what_is_unlike_is_noticed(
+    engine: Runtime, notice: Notice, check: Callable[..., None]
+) -> None:
+    image(engine)
+    broken, how = UNLIKE[check]
+
+    notice(check, broken, **how)
+
+
+def test_other_build_is_noticed(
+    engine: Runtime, project: Project, service: Service, notice: Notice
+) -> None:
+    docker, other, build = image(engine), "f" * 40, runtime.build
+    build_args = {**service.build_args, "ENGINE_COMMIT": other}
+    notice(
+        test_image_passes_the_gate_of_its_build,
+        "an image of another commit",
+        says="was asked for",
+        service=replace(service, build_args=build_args),
+    )
+    notice(
+        test_provenance_is_of_the_image_that_was_built,
+        "the provenance of another commit",
+        project=replace(project, engine=replace(project.engine, commit=other)),
+        patch={"stack.runtime.build": lambda *_: build(docker, project, service)},
+    )
+
+
+def test_other_settings_in_an_image_with_model_are_noticed(
+    alone: Container, runnable: Service, notice: Notice
+) -> None:
+    more = {**runnable.environment, "LLAMA_ARG_N_PARALLEL": str(runnable.slots + 1)}
+    notice(
+        test_image_with_model_serves_with_no_volume_but_the_key,
+        "a slot less than configured",
+        says="4 == 5",
+        alone=alone,
+        runnable=replace(runnable, environment=more),
     )

@@ -21,7 +21,7 @@ from stack.server import Server
 from stack.status import Looks
 from stack.wait import wait_until
 from tests import clients, workspace
-from tests.checks.conftest import Notice, Target
+from tests.checks.conftest import Broken, Notice, Target
 from tests.ledger import Ledger
 from tests.proxy import dropper, proxied
 from tests.vitals import Vitals
@@ -309,3 +309,43 @@ def test_memory_enough_is_noticed(
         )
     finally:
         Docker(config.load(tmp_path)).compose("down")
+
+
+UNLIKE: dict[Callable[..., None], Broken] = {
+    test_terminated_in_mid_stream: (
+        "a stop that ends nothing",
+        {"patch": {"stack.native.Native.stop": lambda *_: None}},
+    ),
+    test_terminated_while_it_loads: (
+        "a stop that takes longer than its grace",
+        {"patch": {f"{__name__}.terminate": lambda patient: patient.service.stop_grace_s}},
+    ),
+    test_200_clients_hang_up: (
+        "a slot that stays busy",
+        {"patch": {"tests.clients.under_way": lambda _: 1, f"{__name__}.IDLE_S": 1}},
+    ),
+}
+
+
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+def test_what_is_unlike_is_noticed(
+    target: Target, notice: Notice, check: Callable[..., None]
+) -> None:
+    if target != Target("native", "tiny"):
+        pytest.skip("shown natively, with tiny")
+    broken, how = UNLIKE[check]
+
+    notice(check, broken, **how)
+
+
+def test_restarts_without_end_are_noticed(
+    engine: Runtime, service: Service, notice: Notice
+) -> None:
+    only_docker(engine, service)
+    more = iter([True] * 4 + [False])
+    notice(
+        test_restart_storm_ends,
+        "a server that is brought back four times",
+        says="4 <= 3",
+        patch={f"{__name__}.brought_back": lambda _: next(more)},
+    )

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -36,6 +38,7 @@ from stack.config import Project
 from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
+from tests.checks.conftest import IDLE, Broken, Notice
 from tests.ledger import Ledger
 
 QUEUE = 4
@@ -791,14 +794,48 @@ def test_slow_clients_are_ended_and_slow_nobody_down(server: Server, front: Fron
         waited_for = read(patient)
     after = [first_token_s(server) for _ in range(150)]
 
+    assert_ended_and_harmless(slow.ends, quiet=quiet, during=during, after=after, deaf_s=deaf_s)
+    assert waited_for.status == 200
+
+
+def assert_ended_and_harmless(
+    ends: dict[str, list[tuple[int, float]]],
+    *,
+    quiet: list[float],
+    during: list[float],
+    after: list[float],
+    deaf_s: float,
+) -> None:
     assert p95(during) < 2 * max(p95(quiet), p95(after))
     for what, least_s in {"header": 10, "body": 20}.items():
-        assert {status for status, _ in slow.ends[what]} == {408}
-        assert len(slow.ends[what]) == 200
-        assert least_s - 2 < min(s for _, s in slow.ends[what])
-        assert max(s for _, s in slow.ends[what]) < least_s + 8
+        assert {status for status, _ in ends[what]} == {408}
+        assert len(ends[what]) == 200
+        assert least_s - 2 < min(s for _, s in ends[what])
+        assert max(s for _, s in ends[what]) < least_s + 8
     assert 28 < deaf_s < 50
-    assert waited_for.status == 200
+
+
+ENDED: dict[str, Any] = {
+    "ends": {"header": [(408, 10.5)] * 200, "body": [(408, 20.5)] * 200},
+    "quiet": [1.0],
+    "during": [1.9],
+    "after": [1.0],
+    "deaf_s": 31,
+}
+SLOW: dict[str, dict[str, Any]] = {
+    "others that wait": {"during": [2.1]},
+    "bodies that are never ended": {"ends": {**ENDED["ends"], "body": []}},
+    "heads that are ended late": {"ends": {**ENDED["ends"], "header": [(408, 19)] * 200}},
+    "deaf ones that are not ended": {"deaf_s": 60},
+}
+
+
+@pytest.mark.parametrize("broken", SLOW)
+def test_slow_clients_that_harm_are_noticed(ledger: Ledger, broken: str) -> None:
+    assert_ended_and_harmless(**ENDED)
+    check = test_slow_clients_are_ended_and_slow_nobody_down
+    with ledger.catching(check, f"figures with {broken}", says="assert"):
+        assert_ended_and_harmless(**(ENDED | SLOW[broken]))
 
 
 def test_it_adds_less_than_a_millisecond_to_a_stream(
@@ -829,3 +866,110 @@ def test_measurement_finds_a_gateway_that_holds_events_back(tmp_path: Path, ledg
     check = test_it_adds_less_than_a_millisecond_to_a_stream
     with ledger.catching(check, "a gateway with a limit of bandwidth", says="is None"):
         assert bench.adds_too_much(direct, through) is None
+
+
+@pytest.fixture(scope="module")
+def bare(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server without a gateway."""
+    folder = workspace.make(tmp_path_factory.mktemp("bare"))
+    project = config.load(folder, overrides={"GLM_TINY_PORT": ""})
+    docker.check()
+    with runtime.serving(Docker(project), project, project.service("tiny")) as up:
+        yield up.server
+
+
+def test_server_without_a_gateway_is_noticed(bare: Server, notice: Notice) -> None:
+    broken = "a server with no gateway"
+    docker = Docker(config.load(bare.service.key_file.parent.parent))
+    given = {"server": bare, "docker": docker}
+    notice(test_server_is_reached_through_its_gateway_alone, broken, **given)
+    notice(test_more_than_it_takes_is_told_to_wait_and_the_rest_is_unharmed, broken, **given)
+
+
+def another_event(sock: socket.socket) -> None:
+    sock.sendall(STREAM + chunk(b"data: other\n\n") + b"0\r\n\r\n")
+    sock.close()
+
+
+MAKE = workspace.make
+
+
+def without_tls(folder: Path, **settings: str) -> Path:
+    settings.pop("GLM_TLS_FILE")
+    return MAKE(folder, **settings)
+
+
+def keep_both(project: Project, _: object) -> tuple[int, tuple[Server, ...]]:
+    return 0, (runtime.running(project, "tiny"),)
+
+
+def forged(*_: object, **__: object) -> bytes:
+    return b"data: [DONE]"
+
+
+def deaf(_: socket.socket) -> None:
+    """Outlast the check, and never look at the connection."""
+    time.sleep(7)
+
+
+OTHER_CONTAINER: dict[str, Any] = {"patch": {"stack.compose.Docker.gateway": Docker.container}}
+ROOT_PROCESS = SimpleNamespace(attrs={"State": {"Pid": os.getpid()}})
+UNLIKE: dict[Callable[..., None], Broken] = {
+    test_own_host_names_and_addresses_pass: ("a foreign name", {"name": "evil.example"}),
+    test_request_that_is_read_two_ways_is_refused: (
+        "one that is answered",
+        {"patch": {f"{__name__}.ask": lambda *_: Answer(status=200)}},
+    ),
+    test_container_has_no_rights: (
+        "a process of root's",
+        {"patch": {"stack.compose.Docker.gateway": lambda *_: ROOT_PROCESS}},
+    ),
+    test_image_holds_one_program: ("the server's own image", OTHER_CONTAINER),
+    test_stream_is_the_servers_to_the_byte_and_each_event_comes_at_once: (
+        "another stream than the server's",
+        {"answer": another_event, "says": "timed out"},
+    ),
+    test_client_that_hangs_up_is_hung_up_on_the_server: (
+        "a server that never hears of it",
+        {"answer": deaf},
+    ),
+    test_request_that_fails_is_not_sent_twice: ("a request that succeeds", {"answer": reply}),
+    test_body_larger_than_the_buffer_arrives_whole: (
+        "a server that hangs up",
+        {"answer": socket.socket.close},
+    ),
+    test_flood_of_connections_is_answered: (
+        "connections that are reset",
+        {"patch": {f"{__name__}.ask_at_once": lambda *_: [Answer()]}},
+    ),
+    test_tls_with_a_certificate_of_ones_own: (
+        "a gateway with no certificate",
+        {"patch": {"tests.workspace.make": without_tls}},
+    ),
+    test_key_is_changed_in_the_gateway_too: (
+        "a key that is not retired",
+        {"patch": {"stack.rotation.retire": keep_both}},
+    ),
+    test_setting_that_changes_while_it_runs_is_told_and_undone: IDLE,
+    test_server_that_dies_leaves_an_error_and_no_forged_end: (
+        "a server that is said to have ended well",
+        {"patch": {"os.kill": lambda *_: None, f"{__name__}.rest": forged}},
+    ),
+    test_absent_server_is_said_to_be_absent: (
+        "a server that is there",
+        {"patch": {"stack.compose.Docker.compose": lambda *_: None}},
+    ),
+}
+
+
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+@pytest.mark.usefixtures("server")
+def test_what_is_unlike_is_noticed(
+    front: Front, notice: Notice, check: Callable[..., None]
+) -> None:
+    broken, how = UNLIKE[check]
+
+    def otherwise(*_: object) -> contextlib.AbstractContextManager[Fronted]:
+        return front(how["answer"])
+
+    notice(check, broken, front=otherwise if "answer" in how else front, **how)

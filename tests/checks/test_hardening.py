@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ from stack.host import run
 from stack.runtime import Runtime
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import Target
+from tests.checks.conftest import Notice, Target
 from tests.hardening import CHECKS, Insecure, Seen, see
 from tests.ledger import Ledger
 from tests.outside import PORT, Outside, outside
@@ -276,3 +276,19 @@ def test_server_published_on_loopback_does_not(
         row.inputs = 1
         assert world.fetch(f"http://{world.here}:{port}/health", key="") == ""
         row.found = "as expected"
+
+
+FETCHED = {
+    test_server_published_on_a_network_answers_its_hosts: ("a host that reaches nothing", ""),
+    test_server_published_on_loopback_does_not: ("a host that reaches it", "200"),
+}
+
+
+@pytest.mark.parametrize("check", FETCHED, ids=lambda check: check.__name__)
+@pytest.mark.usefixtures("target")
+def test_host_that_reaches_something_else_is_noticed(
+    notice: Notice, check: Callable[..., None]
+) -> None:
+    broken, status = FETCHED[check]
+
+    notice(check, broken, patch={"tests.outside.Outside.fetch": lambda *_, **__: status})

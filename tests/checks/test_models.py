@@ -679,7 +679,7 @@ def test_broken_program_is_noticed(deployment: Deployment, notice: Notice, broke
 NO_FILE = {"says": "No such file|not enough values|Expecting value"}
 NOBODY_KILLS: Broken = (
     "a kill that kills nobody",
-    {"patch": {"subprocess.Popen.kill": lambda _: None}},
+    {"patch": {"subprocess.Popen.kill": lambda _: None, f"{__name__}.MOMENTS": MOMENTS[:2]}},
 )
 UNLIKE: dict[Callable[..., None], Broken] = {
     **dict.fromkeys(

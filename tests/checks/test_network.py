@@ -27,7 +27,7 @@ from stack.runtime import Runtime
 from stack.server import Server
 from stack.wait import wait_until
 from tests import clients, workspace
-from tests.checks.conftest import Notice, Target
+from tests.checks.conftest import IDLE, Broken, Notice, Target
 from tests.ledger import Ledger
 from tests.outside import Outside, outside
 from tests.proxy import dropper, proxied
@@ -190,7 +190,7 @@ def test_page_of_this_host_may(server: Server) -> None:
     with client.session(server) as session:
         answer = session.get("/v1/models", headers={"Origin": origin})
 
-    assert answer.headers["Access-Control-Allow-Origin"] == origin
+    assert answer.headers.get("Access-Control-Allow-Origin") == origin
 
 
 def places(server: Server, project: Project, engine: Runtime) -> Iterator[tuple[str, str]]:
@@ -560,26 +560,87 @@ def test_server_that_shows_more_is_noticed(
     notice(check, f"a server that {wrong}", says=says, server=showing_more, **given)
 
 
-LETS_IN: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
-    "no key": (test_nothing_else_opens, {"path": "/v1/models", "key": ""}, "200 == "),
-    "a wrong key": (test_nothing_else_opens, {"path": "/v1/models", "key": "wrong"}, "200 == "),
-    "a key in the address": (test_key_in_the_address_opens_nothing, {}, "'200' == '401'"),
+PROXIES: dict[str, tuple[Callable[..., None], dict[str, str], int | None, str]] = {
+    "no key": (test_nothing_else_opens, {"path": "/v1/models", "key": ""}, None, "200 == "),
+    "a wrong key": (test_nothing_else_opens, {"path": "/v1/models", "key": "no"}, None, "200 == "),
+    "a key in the address": (test_key_in_the_address_opens_nothing, {}, None, "'200' == '401'"),
     "strangers": (
         test_strangers_are_told_the_same_in_few_words,
         {"header": STRANGERS["empty"]},
+        None,
         "'200' == '401'",
+    ),
+    "a key that is no HTTP": (test_key_with_a_line_break_is_no_request, {}, None, "'200' == "),
+    "a huge key": (test_key_longer_than_a_header_may_be_is_no_request, {}, None, "'200' == "),
+    "nobody": (test_key_opens, {}, 403, "403 == "),
+    "nobody who asks for its health": (test_health_needs_no_key, {}, 403, "403 == "),
+    "no page of this host": (test_page_of_this_host_may, {}, None, "None == "),
+}
+
+
+@pytest.mark.parametrize("who", PROXIES)
+def test_proxy_that_lets_in_others_is_noticed(server: Server, notice: Notice, who: str) -> None:
+    if server.runtime == "docker":
+        pytest.skip("the proxy stands before the native server")
+    check, given, status, says = PROXIES[who]
+
+    with proxied(server, status=status) as proxy:
+        notice(check, f"a proxy that lets in {who}", says=says, server=proxy, **given)
+
+
+def test_published_server_that_is_none_is_noticed(server: Server, notice: Notice) -> None:
+    if server.runtime == "docker":
+        pytest.skip("the proxy stands before the native server")
+    with proxied(server) as proxy:
+        check = test_published_server_refuses_a_wrong_key_there
+        notice(check, "a proxy that lets in a wrong key", says="200 == ", published=proxy)
+    notice(test_published_server_is_not_on_loopback, "a server on loopback", published=server)
+
+
+def test_wrong_answer_to_a_sibling_is_noticed(
+    server: Server, engine: Runtime, notice: Notice
+) -> None:
+    if not isinstance(engine, Docker):
+        pytest.skip("a native server has no sibling containers")
+    other = replace(server, key="wrong")
+    notice(test_sibling_container_reaches_it_by_name, "another key", says="401", server=other)
+    with proxied(server, dropper(2)) as proxy:
+        check = test_sibling_container_gets_the_same_answer
+        notice(check, "a proxy that leaves out words", says="==", server=proxy)
+
+
+UNLIKE: dict[Callable[..., None], Broken] = {
+    test_key_is_changed_while_both_open: IDLE,
+    test_serves_where_there_is_no_network: (
+        "no loopback either",
+        {"patch": {f"{__name__}.ALONE": ("unshare", "--net")}},
+    ),
+    test_narrow_link_that_the_client_does_not_know: (
+        "an answer that changes on its way",
+        {"patch": {f"{__name__}.tokens": lambda server: server.url}},
     ),
 }
 
 
-@pytest.mark.parametrize("who", LETS_IN)
-def test_proxy_that_lets_everybody_in_is_noticed(server: Server, notice: Notice, who: str) -> None:
-    if server.runtime == "docker":
-        pytest.skip("the proxy stands before the native server")
-    check, given, says = LETS_IN[who]
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+def test_what_is_unlike_is_noticed(
+    engine: Runtime, notice: Notice, check: Callable[..., None]
+) -> None:
+    if engine.name != "native":
+        pytest.skip("shown natively")
+    broken, how = UNLIKE[check]
 
-    with proxied(server) as proxy:
-        notice(check, f"a proxy that lets in {who}", says=says, server=proxy, **given)
+    notice(check, broken, **how)
+
+
+def test_proxy_of_the_environment_that_is_asked_is_noticed(
+    own: Path, engine: Runtime, notice: Notice
+) -> None:
+    if engine.name != "native":
+        pytest.skip("shown natively")
+    workspace.change(own, "stack/client.py", "trust_env=False", "trust_env=True")
+    check = test_proxy_of_the_environment_is_not_asked_for_loopback
+    notice(check, "a client that asks it", says="status=", own=own)
 
 
 def test_answers_that_differ_by_address_are_noticed(server: Server, notice: Notice) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from bench import generator
 from bench.prompts import Spread
+from bench.records import Run
 from stack import client, config, runtime
 from stack.compose import Docker
 from stack.config import Project, Service
@@ -315,4 +316,35 @@ def test_other_context_is_noticed(
         says="200, 400|stop_type|error",
         length="one token more",
         narrow=narrow,
+    )
+
+
+def one_waits(server: Server, load: generator.Load) -> Run:
+    """Run a load, and let its last client wait a minute."""
+    run = generator_run(server, load)
+    last = max((each for each in run.records if not each.cut), key=lambda each: each.number)
+    waited = replace(last, answer_ns=last.sent_ns + 60 * 10**9)
+    return replace(run, records=tuple(waited if each is last else each for each in run.records))
+
+
+generator_run = generator.run
+
+
+@pytest.mark.usefixtures("ward")
+def test_client_that_waits_longer_is_noticed(notice: Notice) -> None:
+    notice(
+        test_many_more_clients_than_slots_are_all_served_in_turn,
+        "a client that waits a minute",
+        says=" < ",
+        patch={"bench.generator.run": one_waits},
+    )
+
+
+def test_cache_that_suffices_is_noticed(narrow: Server, notice: Notice) -> None:
+    notice(
+        test_shared_cache_that_runs_out,
+        "prompts that fit together",
+        says="> 1",
+        narrow=narrow,
+        patch={f"{__name__}.NARROW": NARROW // 8},
     )

@@ -230,7 +230,7 @@ def test_profile_that_is_taken_for_another_engine_is_noticed(
         )
 
 
-NO_TUNE: dict[str, object] = {"tuned": host.Result(0, "", "")}
+NO_TUNE: dict[str, Any] = {"tuned": host.Result(0, "", "")}
 UNLIKE: dict[Callable[..., None], Broken] = {
     test_an_interrupted_tune_goes_on: ("a tune that did nothing", NO_TUNE),
     test_candidates_that_crash_are_kept_with_the_reason: (

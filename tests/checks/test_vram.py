@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import vram
-from bench.vram import Vram
-from stack import config, gpu
+from bench.vram import Together, Vram
+from stack import config, gpu, runtime
 from stack.config import Project, Service
 from stack.runtime import Runtime
 from tests import workspace
@@ -136,3 +137,21 @@ def test_wrong_figures_are_noticed(notice: Notice, check: Callable[..., None]) -
     service = config.load(workspace.ROOT).service("q4")
 
     notice(check, f"a record with {broken}", says=says, measured=measured, service=service)
+
+
+def test_more_than_the_sum_is_noticed(notice: Notice, tmp_path: Path) -> None:
+    project = config.load(workspace.make(tmp_path))
+    services = [each for each in project.services.values() if each.gpus]
+    together = json.loads((_RESULTS / "vram-q4-q8-nvidia-h200.json").read_text())
+    found = Together(**{each.name: together[each.name] for each in fields(Together)})
+    more = replace(found, loaded_mib=2 * found.loaded_mib)
+
+    notice(
+        test_quants_together_take_the_sum_of_their_plans,
+        "a record with twice the memory",
+        says="==",
+        patch={f"{__name__}.here": lambda _: True, "bench.vram.together": lambda *_: more},
+        engine=runtime.native(project),
+        project=project,
+        service=services[-1],
+    )
