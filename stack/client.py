@@ -212,7 +212,7 @@ def _line(error: Exception) -> str:
 
 def _refused(server: Server, why: str) -> StackError:
     return StackError(
-        f"{server.service.name} gave no whole answer: {why}.",
+        f"{server.service.name} gave no whole answer: {why.rstrip('.')}.",
         f"See `invoke status` and `invoke logs --quant {server.service.quant}`.",
         Code.VERIFY,
     )

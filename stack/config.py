@@ -316,13 +316,13 @@ def changed(before: Project, **settings: str) -> Project:
 
 
 def _compose_file(root: Path) -> tuple[str, Any]:
-    text = (root / "compose.yaml").read_text()
     try:
+        text = (root / "compose.yaml").read_text()
         return text, yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         where = str(error).replace("\n", " ")
         raise StackError(
-            f"compose.yaml cannot be read: {where}.", "Mend that line.", Code.USAGE
+            f"compose.yaml cannot be read: {where}.", "Mend it, or check it out anew.", Code.USAGE
         ) from error
 
 

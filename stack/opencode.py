@@ -39,8 +39,12 @@ _KEYS = frozenset(
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|(//[^\n]*|/\*.*?\*/)', re.DOTALL)
 
 
-def at(host: str, port: int, service: Service, *, key: str) -> Server:
+def at(
+    host: str, port: int, service: Service, *, key: str, certificate: Path | None = None
+) -> Server:
     """Return the server as clients reach it at `host`, once a connection to it has opened.
+
+    It speaks TLS where a gateway before it shows a certificate.
 
     Raises:
         StackError: USAGE for what is no host name or address; PORT where nothing answers there.
@@ -58,7 +62,8 @@ def at(host: str, port: int, service: Service, *, key: str) -> Server:
             "Publish the server there (GLM_BIND in .env, then `invoke down` and `invoke up`).",
             Code.PORT,
         )
-    return Server(runtime="attached", service=service, url=f"http://{host}:{port}", key=key)
+    url = f"{'https' if certificate else 'http'}://{host}:{port}"
+    return Server(runtime="attached", service=service, url=url, key=key, certificate=certificate)
 
 
 def key_by_file(path: Path) -> str:

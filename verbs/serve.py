@@ -103,8 +103,10 @@ def logs(_: Context, quant: list[str], follow: bool = False) -> None:
         failed = runtime.failed_log(runtimes[0], service)
         if not servers and failed.exists():
             told = f"{service.name} does not run. Of its last start, which failed ({failed}):"
-            print(told, file=sys.stderr)
+            print(told, file=sys.stderr, flush=True)
             print(*failed.read_text(errors="replace").splitlines()[-LINES:], sep="\n")
+        elif not servers and quant:
+            print(f"{service.name} does not run, so it has no log.", file=sys.stderr)
         for where, server in servers:
             if follow:
                 with contextlib.suppress(KeyboardInterrupt):  # the way to end it

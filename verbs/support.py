@@ -23,7 +23,8 @@ def opencode(_: Context, quant: list[str], host: str = "", write: str = "") -> N
         here = [s for _, s in runtime.servers_of(service, runtime.present(project)) if s.url]
         port = urlsplit(here[0].url).port if here else service.port
         key = os.environ.get(config.KEY_VARIABLE) or keys.read(service)
-        server = config.at(host, port or service.target_port, service, key=key)
+        shown = here[0].certificate if here else project.certificate
+        server = config.at(host, port or service.target_port, service, key=key, certificate=shown)
         reference = config.key_by_variable()
     else:
         server = runtime.running(project, quant[0] if quant else None)

@@ -107,7 +107,7 @@ def task(function: Callable[..., None]) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):  # models say what not every terminal can show
             sys.stdout.reconfigure(errors="replace")
         try:
-            function(*args, **{name: given(names[name], kwargs[name]) for name in kwargs})
+            function(*args, **{name: given(function, names[name], kwargs[name]) for name in kwargs})
         except StackError as error:
             raise Exit(str(error), error.code) from None
         except BrokenPipeError:  # whoever read us, as `head` does, has enough
@@ -147,8 +147,8 @@ def spelt(name: str) -> str:
     return name.strip("_").replace("_", "-")
 
 
-def given(parameter: inspect.Parameter, value: Any) -> Any:
-    """Return what a command line gave for a parameter, numbers read from text.
+def given(task: Callable[..., None], parameter: inspect.Parameter, value: Any) -> Any:
+    """Return what a command line gave for a parameter of a task, numbers read from text.
 
     Raises:
         StackError: USAGE, for none where one is needed, and for what is no number from 0 on.
@@ -157,8 +157,9 @@ def given(parameter: inspect.Parameter, value: Any) -> Any:
     from stack.errors import Code, StackError
 
     option, kind = f"--{spelt(parameter.name)}", type(parameter.default)
+    remedy = f"`invoke --help {task.__name__}` describes it."
     if value is None:
-        raise StackError(f"{option} is missing.", "`invoke --help TASK` describes it.", Code.USAGE)
+        raise StackError(f"{option} is missing.", remedy, Code.USAGE)
     if kind not in (int, float):
         return value
     with contextlib.suppress(ValueError):
@@ -166,8 +167,7 @@ def given(parameter: inspect.Parameter, value: Any) -> Any:
         if 0 <= number < math.inf:
             return number
     word = "whole number" if kind is int else "number"
-    cause = f"{option} must be a {word} from 0 on, not {value!r}."
-    raise StackError(cause, "`invoke --help TASK` describes it.", Code.USAGE)
+    raise StackError(f"{option} must be a {word} from 0 on, not {value!r}.", remedy, Code.USAGE)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bench import answers
 from bench.answers import Score
 from stack import client, config, gpu, keys, runtime
 from stack.compose import Docker, NoEngineError
-from stack.config import Project, Service
+from stack.config import Project, Service, load
 from stack.errors import StackError
 from stack.runtime import Runtime
 from stack.server import Server
@@ -63,6 +63,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     row = "row(number, case, expected, inputs=1): enters a check in the ledger of faults"
     config.addinivalue_line("markers", row)
+    try:
+        for quant in config.option.quant or ():
+            load(workspace.ROOT).service(quant)
+    except StackError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -150,6 +150,13 @@ def test_broken_compose_file_is_named_with_its_line(tmp_path: Path) -> None:
     assert caught.value.code == Code.USAGE
 
 
+def test_missing_compose_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"compose\.yaml cannot be read") as caught:
+        config.load(tmp_path)
+
+    assert caught.value.code == Code.USAGE
+
+
 def test_missing_key_of_compose_is_named(tmp_path: Path) -> None:
     (tmp_path / "compose.yaml").write_text("name: x\nsecrets: {}\nx-engine: {repository: r}\n")
 

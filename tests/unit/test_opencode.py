@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,15 @@ def test_key_file_with_more_than_the_key_is_no_reference(server: Server, text: s
 def test_what_is_no_host_is_refused(server: Server, host: str) -> None:
     with pytest.raises(StackError, match="neither a host name nor an address"):
         opencode.at(host, 1, server.service, key="k")
+
+
+@pytest.mark.parametrize("certificate", [None, Path("tls.pem")])
+def test_gateway_with_a_certificate_is_reached_by_https(
+    server: Server, certificate: Path | None
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        found = opencode.at("localhost", port, server.service, key="k", certificate=certificate)
+
+    assert found.url == f"{'https' if certificate else 'http'}://localhost:{port}"
+    assert found.certificate == certificate

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,22 @@ def test_every_check_has_a_session() -> None:
     checks = {path.name for path in (ROOT / "tests" / "checks").glob("test_*.py")}
 
     assert checks == set(re.findall(r"tests/checks/(test_\w+\.py)", noxfile))
+
+
+def test_session_of_an_unknown_quant_names_the_known_ones() -> None:
+    done = host.run([sys.executable, "-m", "pytest", "tests/checks", "--quant=q9"], cwd=ROOT)
+
+    assert done.status == pytest.ExitCode.USAGE_ERROR
+    assert "Known quants: q4, q8, tiny." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [([], "bench-against COMMIT"), (["0"], "reference")]
+)
+def test_benchmark_against_nothing_is_refused(arguments: list[str], says: str) -> None:
+    done = host.run([ROOT / "scripts" / "bench-against", *arguments])
+
+    assert done.status
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
