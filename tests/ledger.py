@@ -36,9 +36,10 @@ OWN = {
 }
 """Sessions with a table of their own."""
 NOTICE = """\
-Each session of checks is run on something that is broken on purpose, and must fail for that reason:
-a server of other settings, a container with one more right, a proxy that changes what is asked or
-answered, a copy of the program with one line changed, a record with one figure changed.
+Each check is run on something that is broken on purpose, and must fail for that reason: a server of
+other settings, a container with one more right, a proxy that changes what is asked or answered, a
+copy of the program with one line changed, a program that does nothing and says that all is well, a
+fault that does not happen, a record with one figure changed.
 """
 VERDICTS = (AssertionError, WaitTimeoutError, pytest.fail.Exception)
 SAID = 160

@@ -63,6 +63,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     row = "row(number, case, expected, inputs=1): enters a check in the ledger of faults"
     config.addinivalue_line("markers", row)
+    why = "unnoticed(why): a check that nothing broken is shown to"
+    config.addinivalue_line("markers", why)
     try:
         for quant in config.option.quant or ():
             load(workspace.ROOT).service(quant)
@@ -233,7 +235,8 @@ def server(request: pytest.FixtureRequest, target: Target, service: Service) -> 
 def recorded(server: Server, request: pytest.FixtureRequest) -> Mapping[str, Score]:
     """How many answers of the served model are right by its record; `answers` makes it anew."""
     asks = any(item.path.name == "test_answers.py" for item in request.session.items)
-    if request.config.option.record and asks:  # of all the sessions that keep a record
+    option = request.config.option
+    if option.record and asks and not option.keyword:  # the one session, and the whole of it
         return answers.record(server, answers.record_set(server.service))
     found = answers.recorded(server.service)
     if not found:

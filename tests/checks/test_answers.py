@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,11 @@ import pytest
 from bench import answers, questions
 from bench.answers import Score
 from bench.judge import TOLERANCE, Judge, computed, deviation, engine_says
-from stack import client, config, gpu, keys, runtime
-from stack.config import Service
+from stack import client, config, keys, runtime
 from stack.errors import StackError
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import Notice
+from tests.checks.conftest import Broken, Notice, Target
 from tests.proxy import dropper, proxied, swapper
 
 RECORD = json.loads((workspace.ROOT / "models" / "tiny.json").read_text())
@@ -34,12 +33,10 @@ LONG = {"code of 8": 8, "code of 32": 4, "code, full": 1}
 CLIENTS = (1, 16, 64)
 SEED = 1
 
-DEVICES = ("CPU", "GPU")
 PRICE = 0.02
-"""The most answers that other rounding may change."""
+"""The most answers that Q8_0 may change."""
 RANDOM = "glm-tiny-random.gguf"
 Q4_CACHE = {"LLAMA_ARG_CACHE_TYPE_K": "q4_0", "LLAMA_ARG_CACHE_TYPE_V": "q4_0"}
-TINY = workspace.ROOT / "models" / "tiny.gguf"
 EXACT = workspace.ROOT / "models" / "tiny-f16.gguf"
 """The engine computes it so nearly that small damage shows."""
 
@@ -72,34 +69,18 @@ def served(
     environment: Mapping[str, str] | None = None,
     *,
     file: Path | None = None,
-    device: str = "CPU",
     **settings: str,
 ) -> Iterator[Server]:
-    """Serve the tiny model natively, with settings or a file of our own, as tiny or on the GPU."""
+    """Serve the tiny model natively, with settings or a file of our own."""
     project = config.load(workspace.make(folder), overrides={"GLM_TINY_PORT": "", **settings})
     service = project.service("tiny")
-    native = runtime.native(project)
-    if device == "GPU":
-        service = on_gpu(service, project.service("q4"))
-        if not native.built(service):
-            pytest.skip("there is no native engine for a GPU here")
     model = replace(service.model, path=file or service.model.path)
     changed = {**service.environment, "LLAMA_ARG_MODEL": str(model.path), **(environment or {})}
     keys.make(service)
+    native = runtime.native(project)
     runtime.ensure_engine(native, project, service)
     with runtime.serving(native, project, replace(service, environment=changed, model=model)) as up:
         yield up.server
-
-
-def on_gpu(service: Service, like: Service) -> Service:
-    """Return a service that runs where another one does; skip where there is no such GPU."""
-    try:
-        gpu.require(like)
-    except StackError as error:
-        pytest.skip(error.cause)
-    places = ("LLAMA_ARG_DEVICE", "LLAMA_ARG_N_GPU_LAYERS")
-    environment = {**service.environment, **{name: like.environment[name] for name in places}}
-    return replace(service, build_args=like.build_args, gpus=like.gpus, environment=environment)
 
 
 @pytest.fixture
@@ -124,23 +105,19 @@ def test_each_client_gets_its_own_right_answer(
 
 @pytest.mark.parametrize("unified", ["1", "0"], ids=["shared", "private"])
 @pytest.mark.parametrize("clients", CLIENTS)
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("native_tiny")
-def test_as_many_slots_as_clients(
-    tmp_path: Path, table: Table, device: str, clients: int, unified: str
-) -> None:
+def test_as_many_slots_as_clients(tmp_path: Path, table: Table, clients: int, unified: str) -> None:
     cache = {
         "LLAMA_ARG_KV_UNIFIED": unified,
         "LLAMA_ARG_N_PARALLEL": str(clients),
         # No cache that is shared may be larger than the model's context.
         "LLAMA_ARG_CTX_SIZE": str(min(512 * clients, 8192) if unified == "1" else 512 * clients),
     }
-    with served(tmp_path, cache, device=device) as server:
+    with served(tmp_path, cache) as server:
         asked = answers.question_set(SHORT, seed=SEED + 1)
         found = answers.scores(answers.ask(server, asked, clients=clients))
 
-    kind = ("private", "shared")[int(unified)]
-    table(f"{device}, {kind} cache, {clients} clients and slots", found)
+    table(f"{('private', 'shared')[int(unified)]} cache, {clients} clients and slots", found)
     assert answers.regressed(found, answers.recorded(server.service)) == []
 
 
@@ -282,44 +259,30 @@ def test_random_weights_must_say_what_they_said_first(
 
 
 @pytest.mark.parametrize("file", TOLERANCE)
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("native_tiny")
-def test_engine_computes_what_the_training_code_did(tmp_path: Path, device: str, file: str) -> None:
-    with served(tmp_path, file=workspace.ROOT / "models" / file, device=device) as server:
+def test_engine_computes_what_the_training_code_did(tmp_path: Path, file: str) -> None:
+    with served(tmp_path, file=workspace.ROOT / "models" / file) as server:
         assert deviation(server) <= TOLERANCE[file]
 
 
-@pytest.mark.parametrize(
-    "ways",
-    [
-        {"F16": (EXACT, "CPU"), "Q8_0": (TINY, "CPU")},
-        {"F16 on the GPU": (EXACT, "GPU"), "Q8_0 on the GPU": (TINY, "GPU")},
-        {"Q8_0 on the CPU": (TINY, "CPU"), "Q8_0 on the GPU": (TINY, "GPU")},
-        {"F16 on the CPU": (EXACT, "CPU"), "F16 on the GPU": (EXACT, "GPU")},
-    ],
-    ids=["q8_0", "q8_0-gpu", "gpu", "gpu-f16"],
-)
 @pytest.mark.usefixtures("native_tiny")
-def test_other_rounding_changes_hardly_an_answer(
-    tmp_path: Path, tell: Callable[[str], None], ways: dict[str, tuple[Path, str]]
-) -> None:
+def test_q8_0_changes_hardly_an_answer(tmp_path: Path, tell: Callable[[str], None]) -> None:
     asked = answers.question_set(dict.fromkeys(answers.SHORT, 16) | {"code of 8": 4}, seed=SEED)
     said, told = [], []
-    for name, (path, device) in ways.items():
-        folder = tmp_path / name
+    for file in TOLERANCE:
+        path, folder = workspace.ROOT / "models" / file, tmp_path / file
         folder.mkdir()
-        with served(folder, file=path, device=device) as server:
+        with served(folder, file=path) as server:
             said.append([reply.said for reply in answers.ask(server, asked, clients=4)])
             off = deviation(server)
             rates = (client.complete(server, "Hello", tokens=256) for _ in range(3))
             told.append(
-                f"{name}: {path.stat().st_size / 1e6:.1f} MB, {off:.3f} nats from the training "
+                f"{file}: {path.stat().st_size / 1e6:.1f} MB, {off:.3f} nats from the training "
                 f"code, {max(each.decode_tokens_s for each in rates):.0f} tokens/s"
             )
 
-    changed = sum(one != other for one, other in zip(*said, strict=True))
-    first, second = ways
-    for line in (*told, f"{second} changes {changed} of {len(asked)} answers of {first}"):
+    changed = sum(exact != rounded for exact, rounded in zip(*said, strict=True))
+    for line in (*told, f"Q8_0 changes {changed} of {len(asked)} answers of F16"):
         tell(line)
     assert changed <= PRICE * len(asked)
 
@@ -457,3 +420,112 @@ def test_wrong_proxy_is_caught(
         notice(
             test_nothing_is_caught_where_nothing_is_wrong, broken, says="not True", trained=proxy
         )
+
+
+# --- What is broken otherwise, each of which a check above must notice.
+
+WRONG_ROPE = {"LLAMA_ARG_ROPE_FREQ_BASE": "10000"}
+DROPPED = (
+    test_each_client_gets_its_own_right_answer,
+    test_reused_prefix_gives_each_question_its_answer,
+    test_sane_answers,
+)
+
+
+@pytest.mark.parametrize("check", DROPPED, ids=lambda check: check.__name__)
+def test_words_left_out_are_noticed(
+    trained: Server, notice: Notice, check: Callable[..., None]
+) -> None:
+    """A model that somebody else trained is played by the tiny one."""
+    model = replace(trained.service.model, repository="a/b")
+    foreign = replace(trained, service=replace(trained.service, model=model))
+    with proxied(foreign if check is test_sane_answers else trained, dropper(3)) as proxy:
+        given = {"trained": proxy, "server": proxy, "table": lambda *_: None}
+        notice(check, "a proxy that leaves out every third word", says=r"== \[\]", **given)
+
+
+@pytest.mark.usefixtures("trained")
+def test_words_left_out_of_documented_answers_are_noticed(notice: Notice) -> None:
+    stream = client.stream
+    less = {"stack.client.stream": lambda *given, **how: list(stream(*given, **how))[1:]}
+    notice(test_documented_answers_are_real, "an answer without its first word", patch=less)
+
+
+def test_same_seed_each_time_is_noticed(trained: Server, notice: Notice) -> None:
+    def fixed(body: bytes) -> bytes:
+        return json.dumps({**json.loads(body), "seed": 1}).encode()
+
+    with proxied(trained, asked=fixed) as proxy:
+        notice(test_temperature_left_on_is_caught, "one seed for all", says="!=", trained=proxy)
+
+
+def with_wrong_rope(
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    file: Path | None = None,
+    **settings: str,
+) -> AbstractContextManager[Server]:
+    """Serve all but what is exact with a wrong setting."""
+    wrong = {} if file == EXACT else WRONG_ROPE
+    return SERVE(folder, {**(environment or {}), **wrong}, file=file, **settings)
+
+
+SERVE = served
+JUDGES_NOTHING = {"bench.judge.Judge.prove": lambda *_: None}
+ROPE = {"patch": {f"{__name__}.served": with_wrong_rope}}
+UNLIKE: dict[Callable[..., None], Broken] = {
+    **dict.fromkeys(
+        (
+            test_neighbours_that_hang_up_change_no_answer,
+            test_long_prompts_up_to_the_context,
+        ),
+        (
+            "answers that are all wrong",
+            {"patch": {"bench.answers.Reply.right": False, f"{__name__}.LONG": {"code of 8": 8}}},
+        ),
+    ),
+    test_as_many_slots_as_clients: ("another rope base", ROPE),
+    test_engine_computes_what_the_training_code_did: (
+        "another rope base",
+        {**ROPE, "file": "tiny.gguf"},
+    ),
+    test_q8_0_changes_hardly_an_answer: ("another rope base with Q8_0", ROPE),
+    test_record_of_a_first_run_is_kept_and_held_against: (
+        "a comparison that finds nothing",
+        {"patch": {"bench.answers.regressed": lambda *_: []}},
+    ),
+    test_somebody_elses_model_is_held_against_its_first_good_run: (
+        "a judge that asks nothing",
+        {"patch": JUDGES_NOTHING},
+    ),
+    test_random_weights_must_say_what_they_said_first: (
+        "a judge that asks nothing",
+        {"patch": JUDGES_NOTHING, "wrong": WRONG_ROPE, "kept": False},
+    ),
+    test_wrong_gating_is_caught_before_it_is_served: (
+        "the right gating",
+        {"patch": {f"{__name__}.softmax": lambda _: None}},
+    ),
+}
+
+
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+@pytest.mark.usefixtures("trained")
+def test_what_is_unlike_is_noticed(
+    target: Target, notice: Notice, check: Callable[..., None]
+) -> None:
+    if target.runtime != "native":
+        pytest.skip("shown natively")
+    broken, how = UNLIKE[check]
+
+    notice(check, broken, table=lambda *_: None, tell=str, **how)
+
+
+@pytest.mark.usefixtures("native_tiny")
+def test_other_words_than_the_trainings_are_noticed(tmp_path: Path, notice: Notice) -> None:
+    wrong = {**WRONG_ROPE, "LLAMA_ARG_CHAT_TEMPLATE": "chatml"}
+    broken = "another rope base and another template"
+    with served(tmp_path, wrong) as server:
+        notice(test_greedy_answers_are_the_training_codes, broken, trained=server)
+        notice(test_template_writes_the_prompts_of_the_training, broken, trained=server)

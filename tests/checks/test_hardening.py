@@ -7,6 +7,8 @@ container fails.
 import copy
 import io
 import json
+import os
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 from docker.models.containers import Container
 
-from stack import config, keys, runtime
+from stack import client, config, keys, runtime
 from stack.compose import Docker
 from stack.config import Service
 from stack.host import run
@@ -28,7 +30,7 @@ from tests.checks.conftest import Notice, Target
 from tests.hardening import CHECKS, Insecure, Seen, see
 from tests.ledger import Ledger
 from tests.outside import PORT, Outside, outside
-from tests.workspace import ROOT
+from tests.workspace import ROOT, Deployment, free_port
 
 DOCKER_SOCKET = {"Type": "bind", "Source": "/var/run/docker.sock", "Target": "/docker.sock"}
 UNLIMITED = {"PidsLimit": 0, "Memory": 0, "MemorySwap": 0, "Ulimits": []}
@@ -97,6 +99,7 @@ def seen(engine: Runtime, server: Server, container: Container) -> Seen:
     return see(in_docker(engine), server.service, container)
 
 
+@pytest.mark.unnoticed("each of CHECKS is seen to fail by its own name")
 @pytest.mark.parametrize("check", CHECKS)
 def test_server_holds(seen: Seen, target: Target, ledger: Ledger, check: str) -> None:
     expected = (CHECKS[check].__doc__ or "").rstrip(".")
@@ -157,6 +160,7 @@ def test_insecure_twin_does_not(
             assert list(CHECKS[name](found)) == []
 
 
+@pytest.mark.unnoticed("it holds the table of what is insecure, and tries nothing")
 def test_every_check_has_a_twin_that_fails_it() -> None:
     assert {name for twin in INSECURE.values() for name in twin.fails} == set(CHECKS)
 
@@ -276,6 +280,63 @@ def test_server_published_on_loopback_does_not(
         row.inputs = 1
         assert world.fetch(f"http://{world.here}:{port}/health", key="") == ""
         row.found = "as expected"
+
+
+@pytest.fixture
+def cuda(request: pytest.FixtureRequest, tmp_path: Path, target: Target) -> Iterator[Deployment]:
+    """A deployment of tiny in the image for GPUs, with a driver that finds none.
+
+    The driver's library is an empty one: the engine then computes on the CPU.
+    """
+    if target != Target("docker", "tiny"):
+        pytest.skip("is tried once")
+    in_docker(request.getfixturevalue("engine"))
+    models = tmp_path / "models"
+    models.mkdir()
+    os.link(ROOT / "models" / "tiny.gguf", models / "tiny.gguf")
+    empty: list[str | Path] = ["-x", "c", "/dev/null", "-o", models / "libcuda.so.1"]
+    if not shutil.which("cc") or run(["cc", "-shared", *empty]).status:
+        pytest.skip("there is no C compiler, to make an empty library")
+    folder = workspace.make(tmp_path, GLM_TINY_PORT=str(free_port()), GLM_MODELS=str(models))
+    workspace.change(folder, "compose.yaml", "image: glm-server:cpu", "image: glm-server:cuda")
+    alias = "      LLAMA_ARG_ALIAS: glm-4.7-flash-tiny\n"
+    library = f"{alias}      LD_LIBRARY_PATH: /app/models\n"
+    workspace.change(folder, "compose.yaml", alias, library)
+    deployment = Deployment(folder, "--docker")
+    docker = Docker(deployment.project)
+    if not docker.image_id(deployment.service.image):
+        pytest.skip(f"{deployment.service.image} is not built here")
+    yield deployment
+    docker.stop(deployment.service)
+
+
+def test_image_for_gpus_serves_under_the_same_limits(
+    cuda: Deployment, target: Target, ledger: Ledger
+) -> None:
+    expected = "with a driver that finds no GPU it serves from the CPU, and holds all of these"
+    with ledger.trying("", "the CUDA image", expected=expected, target=target) as row:
+        server = cuda.start_server()
+        client.wait_ready(server)
+        assert client.complete(server, "hello", tokens=16).tokens == 16
+        assert "failed to initialize CUDA" in server.logs(2000)
+        docker = Docker(cuda.project)
+        container = docker.container(cuda.service)
+        assert container
+        found = see(docker, cuda.service, container)
+        complaints = {name: list(check(found)) for name, check in CHECKS.items()}
+        row.inputs, row.found = len(CHECKS), "as expected"
+        assert {name: said for name, said in complaints.items() if said} == {}
+
+
+def test_image_for_gpus_that_may_write_is_noticed(cuda: Deployment, notice: Notice) -> None:
+    workspace.change(cuda.folder, "compose.yaml", "  read_only: true\n  cap_drop", "  cap_drop")
+
+    notice(
+        test_image_for_gpus_serves_under_the_same_limits,
+        "a CUDA image in a container that may write",
+        says="is mounted for writing",
+        cuda=cuda,
+    )
 
 
 FETCHED = {

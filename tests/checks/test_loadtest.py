@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from bench.generator import Load
 from bench.loadtest import Now, Plan
 from bench.prompts import Spread
 from bench.results import Measurement, Summary
-from bench.telemetry import PREDICTED, PROMPT, counters
+from bench.telemetry import PREDICTED, PROMPT, Span, counters
 from bench.verdict import Slo
 from stack import config, gpu, host, keys, runtime
 from stack.config import Project, Service
@@ -27,7 +28,7 @@ from stack.errors import Code, StackError
 from stack.server import Server
 from stack.wait import wait_until
 from tests import workspace
-from tests.checks.conftest import Notice, Target, skip_unasked
+from tests.checks.conftest import IDLE, Broken, Notice, Target, skip_unasked
 from tests.ledger import Ledger
 from tests.proxy import proxied, swapper, token_dropper
 from tests.workspace import Started
@@ -302,10 +303,19 @@ def test_wrong_answers_under_load_are_counted(
     assert not any(each.error for each in run.records)
 
 
+FAULT = {"faults": ("it broke",), "span": Span()}  # on a machine that has nothing else to do
 WRONG: dict[Callable[..., None], tuple[str, dict[str, Any], str]] = {
-    test_every_run_is_valid: ("a run with a fault", {"faults": ("it broke",)}, "it broke"),
+    test_every_run_is_valid: ("a run with a fault", FAULT, "it broke"),
     test_no_more_than_the_slots_are_processed: ("a slot less", {"slots": 3}, r"4(.0)? == 3"),
     test_clients_beyond_the_slots_wait: ("slots for all", {"slots": MANY}, "± 2"),
+    test_it_passes: ("a run with a fault", FAULT, "it broke"),
+    test_one_client_never_waits: ("one that waits", {"span": Span(deferred_most=1)}, "1 == 0"),
+    test_server_and_client_use_the_cpu: (
+        "a client that takes more than the server",
+        {"span": Span(server_cores=1, client_cores=2)},
+        "2 < 1",
+    ),
+    test_energy_is_told_where_there_is_a_gpu: ("no energy", {"joules_token": None}, "None"),
 }
 
 
@@ -317,7 +327,9 @@ def test_wrong_figures_are_noticed(
     runs = tuple(replace(each, **figures) for each in measured.summary.measurements)
     wrong = replace(measured, summary=replace(measured.summary, measurements=runs))
 
-    notice(check, f"figures with {broken}", says=says, measured=wrong)
+    with_gpu = {"stack.gpu.gpus": lambda: [SimpleNamespace(energy_j=1, pids=())]}
+    q4 = config.load(workspace.ROOT).service("q4")
+    notice(check, f"figures with {broken}", says=says, patch=with_gpu, measured=wrong, service=q4)
 
 
 def test_server_killed_mid_run_is_told_with_its_time(
@@ -460,3 +472,127 @@ def test_prompt_is_read_faster_when_its_beginning_is_cached(running: Server) -> 
     assert reading.cached_ms < 0.5 * reading.cold_ms
     assert reading.longest_gap_ms > 2 * reading.gap_ms
     assert 0.5 < reading.stalled <= 1
+
+
+# --- What is broken otherwise, each of which a check above must notice.
+
+
+change = changed
+
+
+def all_good(summary: Summary, _: object) -> Summary:
+    return change(summary, lambda point: replace(point, good=point.requests))
+
+
+def worse(*_: object) -> tuple[SimpleNamespace, ...]:
+    return (SimpleNamespace(verdict="worse"),)
+
+
+measure_steps = timeline.measure
+
+
+def two_launches(*given: Any, **more: Any) -> timeline.Row:
+    return replace(measure_steps(*given, **more), launches=2)
+
+
+SOON = replace(PLAN, clients=(2,), duration_s=2, warmup_s=0.5)
+UNLIKE: dict[Callable[..., None], Broken] = {
+    test_the_same_is_no_worse: (
+        "a comparison that finds a loss",
+        {"patch": {"bench.results.compare": worse}},
+    ),
+    test_gate_fails_against_a_baseline_that_was_faster: (
+        "a comparison that finds nothing",
+        {"patch": {"bench.results.compare": lambda *_: ()}},
+    ),
+    test_target_that_nothing_meets_is_missed: (
+        "answers that all meet it",
+        {"patch": {f"{__name__}.changed": all_good}},
+    ),
+    test_server_killed_mid_run_is_told_with_its_time: (
+        "a server that nobody kills",
+        {"patch": {"os.kill": lambda *_: None, f"{__name__}.LONG": SOON}},
+    ),
+    test_interrupt_leaves_a_summary_and_no_child: (
+        IDLE[0],
+        IDLE[1] | {"where": "--native", "says": "No such process"},
+    ),
+    test_bad_input_is_refused_in_two_lines: IDLE,
+    test_time_line_of_steps_accounts_for_the_whole_step: (
+        "two launches for one",
+        {"patch": {"bench.timeline.measure": two_launches}},
+    ),
+}
+
+
+@pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
+def test_what_is_unlike_is_noticed(
+    target: Target, notice: Notice, check: Callable[..., None]
+) -> None:
+    if target != Target("native", "tiny"):
+        pytest.skip("shown natively, with tiny")
+    broken, how = UNLIKE[check]
+
+    notice(check, broken, **how)
+
+
+def test_results_that_are_not_all_there_are_noticed(
+    measured: Measured, notice: Notice, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(measured.folder, tmp_path / "less"))
+    next(folder.glob("*.jsonl")).unlink()
+    check = test_results_come_back_as_they_were_written
+    notice(check, "results without a run", measured=replace(measured, folder=folder))
+
+    if top := measured.summary.ceiling:
+        slow = tuple(replace(each, whole_tokens_s=1.0) for each in top.streams)
+        less = replace(measured.summary, ceiling=replace(top, streams=slow))
+        notice(
+            test_served_is_below_the_engines_ceiling_but_not_far,
+            "an engine of one token a second",
+            says="< 1.5",
+            measured=replace(measured, summary=less),
+        )
+
+
+read_prompts = prefill.read
+
+
+def nothing_cached(*given: Any) -> list[prefill.Reading]:
+    return [replace(each, cached_ms=each.cold_ms) for each in read_prompts(*given)]
+
+
+read_counters = counters
+
+
+def other_counters(server: Server) -> dict[str, float]:
+    return {name: time.monotonic() for name in read_counters(server)}
+
+
+OWN: dict[Callable[..., None], Broken] = {
+    test_tokens_are_the_servers_own_count_exactly: (
+        "counters that count something else",
+        {"patch": {f"{__name__}.counters": other_counters}},
+    ),
+    test_prompt_is_read_faster_when_its_beginning_is_cached: (
+        "a prompt that is never cached",
+        {"patch": {"bench.prefill.read": nothing_cached}},
+    ),
+    test_wrong_key_is_refused_before_the_start: (
+        "a proxy that lets everybody in",
+        {"patch": {f"{__name__}.PLAN": SOON}, "says": "DID NOT RAISE"},
+    ),
+}
+
+
+@pytest.mark.parametrize("check", OWN, ids=lambda check: check.__name__)
+def test_what_a_server_does_otherwise_is_noticed(
+    answering: Server, target: Target, notice: Notice, check: Callable[..., None]
+) -> None:
+    if target.runtime == "docker":
+        pytest.skip("the proxy stands before one runtime's server")
+    broken, how = OWN[check]
+    with proxied(answering) as proxy:
+        open_ = check is test_wrong_key_is_refused_before_the_start
+        server = proxy if open_ else answering
+        notice(check, broken, answering=server, running=server, **how)

@@ -14,7 +14,7 @@ from bench import generator
 from bench.generator import Load
 from bench.prompts import Spread
 from bench.records import Record
-from stack import client, config, runtime
+from stack import client, config, gpu, runtime
 from stack.config import Project, Service
 from stack.server import Server
 from tests import clients, workspace
@@ -49,6 +49,8 @@ class Part:
     work_cpu_s: tuple[float, ...]
     """The server's CPU time for the same work, several times: no other's load is in it."""
     records: tuple[Record, ...]
+    gpu_mib: int | None = None
+    """What the server holds of its GPUs, or all that is held where they do not tell."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,14 @@ def part(server: Server, each_s: float) -> Part:
     clients.wait_idle(server, limit_s=clients.LIMIT_S)
     work = tuple(work_cpu_s(server) for _ in range(WORK_REPEATS))
     records = tuple(each for run in runs for each in run.records if not each.cut)
-    return Part(Vitals.of(server.processes[0]), work, records)
+    return Part(Vitals.of(server.processes[0]), work, records, gpu_mib(server))
+
+
+def gpu_mib(server: Server) -> int | None:
+    pids = {process.pid for process in server.processes}
+    devices = gpu.of(server.service) if server.service.gpus else ()
+    held = [gpu.used_by(pids, each.uuid) or each.used_mib for each in devices]
+    return sum(filter(None, held)) if all(held) and held else None
 
 
 def work_cpu_s(server: Server) -> float:
@@ -105,6 +114,17 @@ def test_memory_is_bounded(
         row.found = "as expected"
 
 
+def test_gpu_memory_is_flat(parts: list[Part], target: Target, ledger: Ledger) -> None:
+    first, last = parts[0].gpu_mib, parts[-1].gpu_mib
+    if first is None or last is None:
+        pytest.skip("it has no GPU whose memory can be told")
+    expected = f"no more than {GROWTH_MIB} MiB more"
+    with ledger.trying("R16", "GPU memory under load", expected=expected, target=target) as row:
+        row.inputs = sum(len(part.records) for part in parts)
+        assert last - first <= GROWTH_MIB
+        row.found = "as expected"
+
+
 def test_threads_and_files_are_flat(parts: list[Part], target: Target, ledger: Ledger) -> None:
     with ledger.trying(
         "R16", "threads and files under load", expected=f"no more than {MORE} more", target=target
@@ -130,7 +150,7 @@ def test_speed_is_kept(parts: list[Part], target: Target, ledger: Ledger) -> Non
         row.found = "as expected"
 
 
-FIRST = Part(Vitals(100, 100, 20, 20), (1.0, 1.0), ())
+FIRST = Part(Vitals(100, 100, 20, 20), (1.0, 1.0), (), 20_000)
 TARGET = Target("native", "tiny")
 
 
@@ -142,8 +162,12 @@ TARGET = Target("native", "tiny")
         (test_speed_is_kept, {"work_cpu_s": (1.1, 1.1)}, " > "),
         (test_every_answer_is_whole, {}, "False"),
         (test_memory_is_bounded, {"vitals": Vitals(2000, 2000, 20, 20)}, " < "),
+        (test_gpu_memory_is_flat, {"gpu_mib": 20_201}, "<= 200"),
     ],
-    ids=["more threads", "more files", "dearer work", "no answers", "more memory"],
+    ids=[
+        *("more threads", "more files", "dearer work", "no answers", "more memory"),
+        "more GPU memory",
+    ],
 )
 def test_worse_is_noticed(
     request: pytest.FixtureRequest,

@@ -1,3 +1,4 @@
+import ast
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_every_session_of_checks_notices_something_broken(path: Path) -> None:
     assert caught
     text = path.read_text()
     assert {each.check for each in caught if each.check not in text} == set()
+
+
+@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+def test_every_check_was_seen_to_fail_or_says_why_not(path: Path) -> None:
+    session = path.stem.removeprefix("test_")
+    caught = {f"test_{each.check}" for each in ledger.read_caught() if each.session == session}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            text = ast.unparse(node)
+            breaks = "notice(" in text or "catching(" in text
+            assert breaks + ("mark.unnoticed(" in text) + (node.name in caught) == 1, node.name
 
 
 def check() -> None:
