@@ -224,8 +224,8 @@ def check(load: Load) -> None:
     """
     open_loop = load.arrivals != "closed"
     wrong = {
-        f"There are no {load.arrivals!r} arrivals": load.arrivals not in ARRIVALS,
-        f"There are no {load.prompts!r} prompts": load.prompts not in PROMPTS,
+        f"Arrivals are {', '.join(ARRIVALS)}, not {load.arrivals}": load.arrivals not in ARRIVALS,
+        f"Prompts are {', '.join(PROMPTS)}, not {load.prompts}": load.prompts not in PROMPTS,
         f"{load.clients} clients send nothing": load.clients < 1,
         "An open loop needs a rate above 0": open_loop and not (load.rate and load.rate > 0),
         "A closed loop has no rate": not open_loop and load.rate is not None,

@@ -130,6 +130,8 @@ class Plan:
                 f"Requests of {longest:,} tokens do not fit in a slot's context of {context:,}",
                 "shorter --prompt and --output",
             )
+        for level in self.rates or self.clients:  # now, not once the model is loaded
+            generator.check(self.load(level, 0))
 
 
 def parse(
@@ -137,8 +139,8 @@ def parse(
 ) -> Plan:
     """Make a plan of a command line's words. Raises StackError USAGE."""
     return Plan(
-        clients=tuple(_numbers("clients", clients, int)),
-        rates=tuple(_numbers("rate", rate, float)) if rate else (),
+        clients=tuple(_numbers("clients", clients, int, "1,4,16")),
+        rates=tuple(_numbers("rate", rate, float, "0.5,1,2")) if rate else (),
         prompt=_spread("prompt", prompt),
         output=_spread("output", output),
         slo=Slo.parse(slo) if slo else None,
@@ -147,15 +149,16 @@ def parse(
     )
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
+def _numbers(option: str, text: str, kind: Callable[[str], T], example: str) -> list[T]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise _refused(f"--{option} {text} is no list of numbers", f"--{option} 1,4,16") from None
+        cause = f"--{option} {text} is no list of numbers"
+        raise _refused(cause, f"--{option} {example}") from None
 
 
 def _spread(option: str, text: str) -> Spread:
-    low, *high = _numbers(option, text.replace("-", ",", 1), int)
+    low, *high = _numbers(option, text.replace("-", ",", 1), int, "96-160")
     return Spread(low, *(high or [low]))
 
 

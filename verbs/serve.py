@@ -125,4 +125,5 @@ def ask(_: Context, message: str, quant: list[str], tokens: int = 256) -> None:
         if isinstance(part, str):
             print(part, end="", flush=True)
         else:
-            print(f"\n{part.tokens} tokens at {part.decode_tokens_s:.1f} tokens/s", file=sys.stderr)
+            print(flush=True)
+            print(f"{part.tokens} tokens at {part.decode_tokens_s:.1f} tokens/s", file=sys.stderr)

@@ -5,6 +5,7 @@ Each test drives the command line in a deployment of its own, with real processe
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -323,6 +324,14 @@ def test_up_twice(deployment: Deployment) -> None:
 
     assert again.status == 0
     assert "was up already" in again.stdout
+
+
+def test_answer_ends_its_line_and_speed_is_told_apart(deployment: Deployment) -> None:
+    assert deployment.up().status == 0
+    done = deployment.invoke("ask", "What is 12 + 30?")
+
+    assert done.stdout.endswith("\n")
+    assert re.fullmatch(r"\d+ tokens at [\d.]+ tokens/s\n", done.stderr)
 
 
 @pytest.mark.row("D10", "another operation holds the lock", "exit 3, with its name and pid")
