@@ -69,7 +69,15 @@ SETTINGS = (
         "unpatched",
         "patches 1, 2",
     ),
-    *("1 to 3", "all", "over defaults", "decode, of the engine", "the same, mean", "TTFT (ms)"),
+    *(
+        "1 to 3",
+        "1 to 4",
+        "all",
+        "over defaults",
+        "decode, of the engine",
+        "the same, mean",
+        "TTFT (ms)",
+    ),
 )
 TUNED = (
     *("Candidate", "profile", "tokens/s at so many clients", "score, of the choice's"),
@@ -82,6 +90,7 @@ STEPS = (
 PROMPTS = (
     *("Prompt tokens", "TTFT (ms)", "tokens/s", "its beginning cached (ms)"),
     *("beside 3 streams (ms)", "their gap (ms)", "longest (ms)", "stalled"),
+    *("without patch 7: beside (ms)", "longest (ms)"),
 )
 LOADS = (
     *("Stand-in", "clients", "tok/s", "of the engine", "decode, of the engine"),
@@ -196,7 +205,7 @@ def _with_table(text: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -
 
 
 def _settings(quant: str) -> Iterator[list[str]]:
-    kinds = ("private-cpu", "none", "p12", "p123", "all")
+    kinds = ("private-cpu", "none", "p12", "p123", "p1234", "all")
     tests = {
         kind: _by_clients(RESULTS.glob(f"settings-{quant}-nvidia-h100/{kind}-*.json"))
         for kind in kinds
@@ -258,8 +267,11 @@ def _steps() -> Iterator[list[str]]:
 
 
 def _prompts() -> Iterator[list[str]]:
-    told = json.loads((RESULTS / "prefill-q4-nvidia-h100.json").read_text())
-    for row in told["rows"]:
+    told, before = (
+        json.loads((RESULTS / f"prefill-q4-{kind}nvidia-h100.json").read_text())["rows"]
+        for kind in ("", "p1234-")
+    )
+    for row, other in zip(told, before, strict=True):
         yield [
             f"{row['prompt_tokens']:,}",
             f"{row['cold_ms']:,.0f}",
@@ -269,6 +281,7 @@ def _prompts() -> Iterator[list[str]]:
             f"{row['gap_ms']:.1f}",
             f"{row['longest_gap_ms']:,.0f}",
             f"{100 * row['stalled']:.0f} %",
+            *(f"{other[name]:,.0f}" for name in ("beside_ms", "longest_gap_ms")),
         ]
 
 

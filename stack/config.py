@@ -420,6 +420,7 @@ _WHOLE_NUMBERS = {
     "SAMPLING": (0, 1),
     "THREADS": (0, 1024),
     "UID": (1, 2**31 - 1),
+    "MS": (0, 60_000),
 }
 
 

@@ -21,6 +21,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from docker.models.containers import Container
 
+from bench import prefill
 from stack import client, config, keys, runtime
 from stack.compose import Docker
 from stack.config import UNPATCHED, Project, Service
@@ -222,6 +223,7 @@ def side_by_side(project: Project, target: Target, tmp_path: Path) -> Iterator[l
         chosen, service = runtime.native(each), each.service(each.default)
         runtime.ensure_engine(chosen, each, service)
         settings = {"N_PARALLEL": "8", "KV_UNIFIED": "0", "BACKEND_SAMPLING": "1"}
+        settings |= {"CTX_SIZE": "32768", "PROMPT_STEP_MS": "25"}
         environment = {f"LLAMA_ARG_{name}": value for name, value in settings.items()}
         varied = replace(service, environment={**service.environment, **environment})
         log = each.state / "native" / f"{service.name}.log"
@@ -248,6 +250,15 @@ def test_our_patches_change_no_answer_and_work(side_by_side: list[Logged]) -> No
     assert reserved[0] < 5
     assert reserved[1] > 12  # for each request once, or for some that begin together
     assert _apart(logs[0]) == 0 < _apart(logs[1])
+
+
+def test_long_prompt_holds_streams_up_for_less(side_by_side: list[Logged]) -> None:
+    waits = []
+    for server, _ in side_by_side:
+        *_, last = prefill.read(server, [3000, 3000])  # the first shows what a step takes
+        waits.append(last.longest_gap_ms)
+
+    assert waits[0] < waits[1] / 2
 
 
 def _apart(log: str) -> int:
@@ -338,13 +349,20 @@ def test_image_of_other_settings_is_noticed(
         docker.client.images.remove(f"{name}:x")
 
 
+@pytest.mark.parametrize(
+    ("check", "says"),
+    [
+        (test_our_patches_change_no_answer_and_work, "< 5"),
+        (test_long_prompt_holds_streams_up_for_less, " < "),
+    ],
+)
 def test_patches_taken_for_one_another_are_noticed(
-    notice: Notice, side_by_side: list[Logged]
+    notice: Notice, side_by_side: list[Logged], check: Callable[..., None], says: str
 ) -> None:
     notice(
-        test_our_patches_change_no_answer_and_work,
+        check,
         "the engine without patches in the place of ours",
-        says="< 5",
+        says=says,
         side_by_side=side_by_side[::-1],
     )
 
