@@ -121,6 +121,12 @@ def test_as_many_slots_as_clients(tmp_path: Path, table: Table, clients: int, un
     assert answers.regressed(found, answers.recorded(server.service)) == []
 
 
+@pytest.mark.row(
+    "R21",
+    "prompts up to the whole context, of each configuration that is offered",
+    "answered as right as its record says",
+    inputs=sum(LONG.values()),
+)
 def test_long_prompts_up_to_the_context(
     trained: Server, recorded: Mapping[str, Score], table: Table
 ) -> None:

@@ -427,6 +427,26 @@ def test_request_that_is_read_two_ways_is_refused(server: Server) -> None:
     assert ask(server.url, twice + b"{}{}").status == 400
 
 
+ENDS = {"\n": 200, "\n ": 200, "\0": 400, "\r": 400}
+LINE = "a lone line feed ends a header's line here (RFC 9112, 2.2), and the key before it is right"
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+def test_key_with_a_line_break_is_the_key_or_no_request(
+    front: Front, ledger: Ledger, end: str
+) -> None:
+    case, expected = f"with the gateway: key with {end!r} after it", "401 in few words"
+    with ledger.trying("R9", case, expected=expected, target="docker") as row, front() as fronted:
+        right, wrong = (
+            ask(fronted.url, head("GET /props", key=key + end)) for key in (KEY, "wrong")
+        )
+        row.inputs, row.found = 2, f"{right.status}; with a wrong key {wrong.status}"
+        row.why = LINE if right.status == 200 else "it is no HTTP"
+        assert right.status == ENDS[end]
+        assert wrong.status in (400, 401)
+        assert len(fronted.upstream.heads) == (right.status == 200)
+
+
 def test_server_is_reached_through_its_gateway_alone(server: Server, docker: Docker) -> None:
     service = server.service
     container = docker.container(service)
@@ -919,6 +939,10 @@ UNLIKE: dict[Callable[..., None], Broken] = {
     test_own_host_names_and_addresses_pass: ("a foreign name", {"name": "evil.example"}),
     test_request_that_is_read_two_ways_is_refused: (
         "one that is answered",
+        {"patch": {f"{__name__}.ask": lambda *_: Answer(status=200)}},
+    ),
+    test_key_with_a_line_break_is_the_key_or_no_request: (
+        "one that lets in all",
         {"patch": {f"{__name__}.ask": lambda *_: Answer(status=200)}},
     ),
     test_container_has_no_rights: (

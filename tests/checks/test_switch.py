@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,17 +26,19 @@ import pytest
 import yaml
 
 from bench import answers
-from stack import client, config, gpu, host, keys, runtime
+from stack import client, config, fit, gpu, host, keys, runtime
 from stack import switch as subject
 from stack.compose import Docker, NoEngineError
 from stack.config import Project, Service
 from stack.errors import Code, StackError
+from stack.fit import Release
 from stack.server import Server
 from stack.wait import WaitTimeoutError, wait_until
 from tests import workspace
 from tests.checks.conftest import IDLE, Broken, Notice, skip_unasked
 from tests.checks.test_faults import INTERRUPTED, interrupt
 from tests.ledger import Ledger
+from tests.unit.fake_nvml import FakeNvml, memory, process
 from tests.workspace import Deployment
 
 QUESTIONS = answers.question_set({"repeat": 2, "reverse": 2, "next": 2}, seed=7)
@@ -365,6 +368,33 @@ def test_when_neither_comes_up_nothing_is_left_and_it_is_said(pair: Pair) -> Non
     assert not any(runtime.servers_of(s, runtime.present(pair.project)) for s in services(pair))
     assert host.port_conflict("127.0.0.1", port) is None
     assert pair.record["outcome"] == "dark"
+
+
+FREED = Release("GPU-0", 28_000, 140_000)
+
+
+@pytest.mark.row(
+    "S5",
+    "GPU memory that another process keeps, as a driver that stands in tells",
+    "the new one is not started; 60, with the holder's pid; the old one is back",
+)
+def test_memory_that_is_not_released_brings_the_old_one_back(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real servers: only the driver's figures are made up, since tiny holds nothing of a GPU."""
+    pair.ensure("tiny")
+    keeps = {"nvmlDeviceGetComputeRunningProcesses": [process(os.getpid(), 28_000 << 20)]}
+    FakeNvml({"nvmlDeviceGetMemoryInfo": memory(28_600), **keeps}).install(monkeypatch)
+    monkeypatch.setattr(fit, "release", lambda _: FREED)
+    monkeypatch.setattr(fit, "wait_released", partial(fit.wait_released, timeout_s=1))
+
+    with pytest.raises(StackError, match="not released") as caught:
+        subject.switch(pair.project, "exact")
+
+    assert caught.value.code == Code.RESTORED
+    assert f"(pid {os.getpid()})" in caught.value.cause
+    assert "start" not in pair.record["seconds"]
+    assert pair.serving().service.quant == "tiny"
 
 
 def services(pair: Pair) -> list[Service]:
@@ -710,6 +740,10 @@ UNLIKE: dict[Callable[..., None], Broken] = {
             test_a_corrupt_record_is_moved_aside,
         ),
         (IDLE[0], IDLE[1] | {"patch": {f"{__name__}.PATIENCE_S": 1}}),
+    ),
+    test_memory_that_is_not_released_brings_the_old_one_back: (
+        "memory that is free at once",
+        {"patch": {f"{__name__}.FREED": Release("GPU-0", 28_000, 0)}},
     ),
     test_sigterm_ends_a_server_with_0: (
         "SIGKILL for SIGTERM",
