@@ -33,14 +33,12 @@ def items(project: Project) -> tuple[Item, ...]:
         StackError: USAGE, where something runs, or a folder is not known to be ours.
 
     """
-    for service in project.services.values():
-        for where, server in runtime.servers_of(service, runtime.present(project)):
-            if server.ended() is None:
-                raise StackError(
-                    f"{service.name} ({where.name}) runs.",
-                    "Stop it first: `invoke down`.",
-                    Code.USAGE,
-                )
+    for where, server in runtime.alive(project):
+        raise StackError(
+            f"{server.service.name} ({where.name}) runs.",
+            "Stop it first: `invoke down`.",
+            Code.USAGE,
+        )
     both = (project.root / ".cache", project.state)
     folders = [each for each in both if each.is_symlink() or each.exists()]
     for folder in folders:

@@ -76,6 +76,10 @@ class Case:
         """Return what Docker's engine says of itself; raises Moot where it does not answer."""
         if not self.engine_answers:
             raise Moot("no Docker engine")
+        return self._told
+
+    @cached_property
+    def _told(self) -> dict[str, str]:
         return self.docker.told()
 
 

@@ -324,10 +324,8 @@ def _provable(service: Service) -> bool:
 
 def _running(project: Project) -> list[_Place]:
     return [
-        _Place(where, service, server)
-        for service in project.services.values()
-        for where, server in runtime.servers_of(service, runtime.present(project))
-        if server.ended() is None
+        _Place(where, project.service(server.service.quant), server)
+        for where, server in runtime.alive(project)
     ]
 
 
