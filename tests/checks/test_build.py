@@ -365,6 +365,12 @@ def test_patches_taken_for_one_another_are_noticed(
         says=says,
         side_by_side=side_by_side[::-1],
     )
+    notice(
+        test_long_prompt_holds_streams_up_for_less,
+        "the engine without patches in the place of ours",
+        says=" < ",
+        side_by_side=side_by_side[::-1],
+    )
 
 
 def nothing(*_: object, **__: object) -> None:
