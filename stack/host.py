@@ -250,9 +250,8 @@ class Interrupts:
 
     def __init__(self, note: Callable[[], None]) -> None:
         """Take what to do at each signal after the first."""
-        self._note, self._raised, self._shielded = note, False, False
+        self._note, self._shielded = note, False
         self._former: dict[signal.Signals, Any] = {}
-        self._unraisable = sys.unraisablehook
 
     def shield(self) -> None:
         """Let none raise from here on."""
@@ -263,34 +262,19 @@ class Interrupts:
         for number in self._NUMBERS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._former[number] = signal.signal(number, self._handle)
-        self._former[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._swallowed
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give them back."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.unraisablehook = self._unraisable
         for number, former in self._former.items():
             signal.signal(number, former)
 
     def _handle(self, *_: object) -> None:
-        if self._raised or self._shielded:
+        if self._shielded:
             self._note()
         else:
-            self._raise()
-
-    def _raise(self, *_: object) -> None:
-        if not self._shielded:
-            self._raised = True
+            self._shielded = True
             raise KeyboardInterrupt
-
-    def _swallowed(self, unraisable: Any) -> None:
-        """Raise soon once more what came while a finalizer ran, out of which nothing gets."""
-        if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
-            self._unraisable(unraisable)
 
 
 def write_atomic(

@@ -220,26 +220,6 @@ def test_first_interrupt_raises_and_the_rest_are_noted(number: signal.Signals) -
     assert signal.getsignal(number) == former
 
 
-class Interrupted:
-    """Gets a Ctrl-C while it is finalized, as what the Docker SDK leaves behind may."""
-
-    def __del__(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0)
-
-
-def test_interrupt_in_a_finalizer_is_raised_after_it() -> None:
-    noted: list[bool] = []
-
-    def work() -> None:
-        Interrupted()
-        time.sleep(5)
-
-    with host.Interrupts(lambda: noted.append(True)), pytest.raises(KeyboardInterrupt):
-        work()
-    assert not noted
-
-
 def test_shielded_block_is_not_interrupted() -> None:
     noted: list[bool] = []
 
