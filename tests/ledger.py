@@ -86,6 +86,9 @@ class Ledger:
         self.rows.append(entry)
         try:
             yield entry
+        except pytest.skip.Exception:
+            self.rows.remove(entry)
+            raise
         except BaseException as error:
             entry.failed = True
             entry.found = entry.found or str(error).strip().partition("\n")[0]

@@ -47,6 +47,13 @@ def test_case_that_raises_is_kept_as_failed_and_never_recorded(tmp_path: Path) -
         kept.record("engine")
 
 
+def test_case_that_is_skipped_is_no_row() -> None:
+    kept = Ledger("x")
+    with pytest.raises(pytest.skip.Exception), kept.trying("", "a", expected="", target=""):
+        pytest.skip("not here")
+    assert kept.rows == []
+
+
 @pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
 def test_every_session_of_checks_notices_something_broken(path: Path) -> None:
     caught = [each for each in ledger.read_caught() if f"test_{each.session}" == path.stem]
