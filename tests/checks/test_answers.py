@@ -20,7 +20,8 @@ import pytest
 from bench import answers, questions
 from bench.answers import Score
 from bench.judge import TOLERANCE, Judge, computed, deviation, engine_says
-from stack import client, config, keys, runtime
+from stack import client, config, gpu, keys, runtime
+from stack.config import Service
 from stack.errors import StackError
 from stack.server import Server
 from tests import workspace
@@ -33,10 +34,12 @@ LONG = {"code of 8": 8, "code of 32": 4, "code, full": 1}
 CLIENTS = (1, 16, 64)
 SEED = 1
 
+DEVICES = ("CPU", "GPU")
 PRICE = 0.02
-"""The most answers that Q8_0 may change."""
+"""The most answers that other rounding may change."""
 RANDOM = "glm-tiny-random.gguf"
 Q4_CACHE = {"LLAMA_ARG_CACHE_TYPE_K": "q4_0", "LLAMA_ARG_CACHE_TYPE_V": "q4_0"}
+TINY = workspace.ROOT / "models" / "tiny.gguf"
 EXACT = workspace.ROOT / "models" / "tiny-f16.gguf"
 """The engine computes it so nearly that small damage shows."""
 
@@ -69,18 +72,34 @@ def served(
     environment: Mapping[str, str] | None = None,
     *,
     file: Path | None = None,
+    device: str = "CPU",
     **settings: str,
 ) -> Iterator[Server]:
-    """Serve the tiny model natively, with settings or a file of our own."""
+    """Serve the tiny model natively, with settings or a file of our own, as tiny or on the GPU."""
     project = config.load(workspace.make(folder), overrides={"GLM_TINY_PORT": "", **settings})
     service = project.service("tiny")
+    native = runtime.native(project)
+    if device == "GPU":
+        service = on_gpu(service, project.service("q4"))
+        if not native.built(service):
+            pytest.skip("there is no native engine for a GPU here")
     model = replace(service.model, path=file or service.model.path)
     changed = {**service.environment, "LLAMA_ARG_MODEL": str(model.path), **(environment or {})}
     keys.make(service)
-    native = runtime.native(project)
     runtime.ensure_engine(native, project, service)
     with runtime.serving(native, project, replace(service, environment=changed, model=model)) as up:
         yield up.server
+
+
+def on_gpu(service: Service, like: Service) -> Service:
+    """Return a service that runs where another one does; skip where there is no such GPU."""
+    try:
+        gpu.require(like)
+    except StackError as error:
+        pytest.skip(error.cause)
+    places = ("LLAMA_ARG_DEVICE", "LLAMA_ARG_N_GPU_LAYERS")
+    environment = {**service.environment, **{name: like.environment[name] for name in places}}
+    return replace(service, build_args=like.build_args, gpus=like.gpus, environment=environment)
 
 
 @pytest.fixture
@@ -105,19 +124,23 @@ def test_each_client_gets_its_own_right_answer(
 
 @pytest.mark.parametrize("unified", ["1", "0"], ids=["shared", "private"])
 @pytest.mark.parametrize("clients", CLIENTS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("native_tiny")
-def test_as_many_slots_as_clients(tmp_path: Path, table: Table, clients: int, unified: str) -> None:
+def test_as_many_slots_as_clients(
+    tmp_path: Path, table: Table, device: str, clients: int, unified: str
+) -> None:
     cache = {
         "LLAMA_ARG_KV_UNIFIED": unified,
         "LLAMA_ARG_N_PARALLEL": str(clients),
         # No cache that is shared may be larger than the model's context.
         "LLAMA_ARG_CTX_SIZE": str(min(512 * clients, 8192) if unified == "1" else 512 * clients),
     }
-    with served(tmp_path, cache) as server:
+    with served(tmp_path, cache, device=device) as server:
         asked = answers.question_set(SHORT, seed=SEED + 1)
         found = answers.scores(answers.ask(server, asked, clients=clients))
 
-    table(f"{('private', 'shared')[int(unified)]} cache, {clients} clients and slots", found)
+    kind = ("private", "shared")[int(unified)]
+    table(f"{device}, {kind} cache, {clients} clients and slots", found)
     assert answers.regressed(found, answers.recorded(server.service)) == []
 
 
@@ -265,30 +288,44 @@ def test_random_weights_must_say_what_they_said_first(
 
 
 @pytest.mark.parametrize("file", TOLERANCE)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("native_tiny")
-def test_engine_computes_what_the_training_code_did(tmp_path: Path, file: str) -> None:
-    with served(tmp_path, file=workspace.ROOT / "models" / file) as server:
+def test_engine_computes_what_the_training_code_did(tmp_path: Path, device: str, file: str) -> None:
+    with served(tmp_path, file=workspace.ROOT / "models" / file, device=device) as server:
         assert deviation(server) <= TOLERANCE[file]
 
 
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"F16": (EXACT, "CPU"), "Q8_0": (TINY, "CPU")},
+        {"F16 on the GPU": (EXACT, "GPU"), "Q8_0 on the GPU": (TINY, "GPU")},
+        {"Q8_0 on the CPU": (TINY, "CPU"), "Q8_0 on the GPU": (TINY, "GPU")},
+        {"F16 on the CPU": (EXACT, "CPU"), "F16 on the GPU": (EXACT, "GPU")},
+    ],
+    ids=["q8_0", "q8_0-gpu", "gpu", "gpu-f16"],
+)
 @pytest.mark.usefixtures("native_tiny")
-def test_q8_0_changes_hardly_an_answer(tmp_path: Path, tell: Callable[[str], None]) -> None:
+def test_other_rounding_changes_hardly_an_answer(
+    tmp_path: Path, tell: Callable[[str], None], ways: dict[str, tuple[Path, str]]
+) -> None:
     asked = answers.question_set(dict.fromkeys(answers.SHORT, 16) | {"code of 8": 4}, seed=SEED)
     said, told = [], []
-    for file in TOLERANCE:
-        path, folder = workspace.ROOT / "models" / file, tmp_path / file
+    for name, (path, device) in ways.items():
+        folder = tmp_path / name
         folder.mkdir()
-        with served(folder, file=path) as server:
+        with served(folder, file=path, device=device) as server:
             said.append([reply.said for reply in answers.ask(server, asked, clients=4)])
             off = deviation(server)
             rates = (client.complete(server, "Hello", tokens=256) for _ in range(3))
             told.append(
-                f"{file}: {path.stat().st_size / 1e6:.1f} MB, {off:.3f} nats from the training "
+                f"{name}: {path.stat().st_size / 1e6:.1f} MB, {off:.3f} nats from the training "
                 f"code, {max(each.decode_tokens_s for each in rates):.0f} tokens/s"
             )
 
-    changed = sum(exact != rounded for exact, rounded in zip(*said, strict=True))
-    for line in (*told, f"Q8_0 changes {changed} of {len(asked)} answers of F16"):
+    changed = sum(one != other for one, other in zip(*said, strict=True))
+    first, second = ways
+    for line in (*told, f"{second} changes {changed} of {len(asked)} answers of {first}"):
         tell(line)
     assert changed <= PRICE * len(asked)
 
@@ -496,7 +533,7 @@ UNLIKE: dict[Callable[..., None], Broken] = {
         "another rope base",
         {**ROPE, "file": "tiny.gguf"},
     ),
-    test_q8_0_changes_hardly_an_answer: ("another rope base with Q8_0", ROPE),
+    test_other_rounding_changes_hardly_an_answer: ("another rope base with Q8_0", ROPE),
     test_record_of_a_first_run_is_kept_and_held_against: (
         "a comparison that finds nothing",
         {"patch": {"bench.answers.regressed": lambda *_: []}},
