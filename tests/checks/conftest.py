@@ -128,6 +128,13 @@ def skip_unasked(request: pytest.FixtureRequest, where: str) -> None:
 
 
 @pytest.fixture(scope="session")
+def natively(target: Target) -> None:
+    """Skip where it is not the native runtime's turn: what is broken is shown once."""
+    if target.runtime != "native":
+        pytest.skip("shown natively")
+
+
+@pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A deployment of our own, whose ports the platform chooses."""
     folder = workspace.make(tmp_path_factory.mktemp("deployment"))

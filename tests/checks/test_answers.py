@@ -25,7 +25,7 @@ from stack.config import Service
 from stack.errors import StackError
 from stack.server import Server
 from tests import workspace
-from tests.checks.conftest import Broken, Notice, Target
+from tests.checks.conftest import Broken, Notice
 from tests.proxy import dropper, proxied, swapper
 
 RECORD = json.loads((workspace.ROOT / "models" / "tiny.json").read_text())
@@ -554,12 +554,8 @@ UNLIKE: dict[Callable[..., None], Broken] = {
 
 
 @pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
-@pytest.mark.usefixtures("trained")
-def test_what_is_unlike_is_noticed(
-    target: Target, notice: Notice, check: Callable[..., None]
-) -> None:
-    if target.runtime != "native":
-        pytest.skip("shown natively")
+@pytest.mark.usefixtures("natively", "trained")
+def test_what_is_unlike_is_noticed(notice: Notice, check: Callable[..., None]) -> None:
     broken, how = UNLIKE[check]
 
     notice(check, broken, table=lambda *_: None, tell=str, **how)

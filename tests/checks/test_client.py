@@ -420,12 +420,8 @@ UNLIKE: dict[Callable[..., None], Broken] = {
 
 @pytest.mark.parametrize("own", ["native"], indirect=True)
 @pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
-@pytest.mark.usefixtures("own", "server")
-def test_what_is_unlike_is_noticed(
-    target: Target, notice: Notice, check: Callable[..., None]
-) -> None:
-    if target.runtime != "native":
-        pytest.skip("shown natively")
+@pytest.mark.usefixtures("natively", "own", "server")
+def test_what_is_unlike_is_noticed(notice: Notice, check: Callable[..., None]) -> None:
     broken, how = UNLIKE[check]
 
     notice(check, broken, **how)

@@ -227,11 +227,10 @@ PROXIES: dict[Callable[..., None], tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("check", PROXIES, ids=lambda check: check.__name__)
+@pytest.mark.usefixtures("natively")
 def test_what_a_proxy_breaks_is_noticed(
     server: Server, notice: Notice, check: Callable[..., None]
 ) -> None:
-    if server.runtime != "native":
-        pytest.skip("the proxy stands before the native server")
     broken, changes, says = PROXIES[check]
 
     with proxied(server, **changes) as proxy:

@@ -623,21 +623,15 @@ UNLIKE: dict[Callable[..., None], Broken] = {
 
 
 @pytest.mark.parametrize("check", UNLIKE, ids=lambda check: check.__name__)
-def test_what_is_unlike_is_noticed(
-    engine: Runtime, notice: Notice, check: Callable[..., None]
-) -> None:
-    if engine.name != "native":
-        pytest.skip("shown natively")
+@pytest.mark.usefixtures("natively", "engine")
+def test_what_is_unlike_is_noticed(notice: Notice, check: Callable[..., None]) -> None:
     broken, how = UNLIKE[check]
 
     notice(check, broken, **how)
 
 
-def test_proxy_of_the_environment_that_is_asked_is_noticed(
-    own: Path, engine: Runtime, notice: Notice
-) -> None:
-    if engine.name != "native":
-        pytest.skip("shown natively")
+@pytest.mark.usefixtures("natively", "engine")
+def test_proxy_of_the_environment_that_is_asked_is_noticed(own: Path, notice: Notice) -> None:
     workspace.change(own, "stack/client.py", "trust_env=False", "trust_env=True")
     check = test_proxy_of_the_environment_is_not_asked_for_loopback
     notice(check, "a client that asks it", says="status=", own=own)
